@@ -1,0 +1,194 @@
+"""A checkpoint on disk: opened from a folder or the Hub, read tensor by tensor, never whole.
+
+Only data is read (DESIGN.md, promise 11): safetensors and JSON. Tensors are asked for by their in-memory name;
+where each lies is known from the headers alone.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from vlmq.exporter.demo.catalog import CHECKPOINTS
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.families import Family, family_of
+from vlmq.exporter.names import memory_names
+from vlmq.exporter.skeleton import skeleton
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: the file, and its name there."""
+
+    file: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A vision-language checkpoint whose weights are read when they are asked for.
+
+    `name` is what the user called it; `revision` the commit of a Hub model. `places` maps in-memory names of
+    tensors to where they lie; it is empty for a configuration without weights.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    family: Family
+    revision: str | None = None
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with every parameter on the meta device."""
+        return skeleton(self.config, torch.float32)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in."""
+        place = self.places[name]
+        try:
+            with safe_open(place.file, framework="pt") as file:
+                return file.get_tensor(place.name)
+        except (SafetensorError, OSError) as error:
+            raise VlmqError(f"{place.file}: cannot read {place.name} ({error}); get the file again") from error
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in, read from the header."""
+        place = self.places[name]
+        with safe_open(place.file, framework="pt") as file:
+            return getattr(torch, _DTYPES[file.get_slice(place.name).get_dtype()])
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """sha256 of every weight file: what the manifest says the export was made from."""
+        return {file.name: _digest(file) for file in sorted({place.file for place in self.places.values()})}
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in {place.file for place in self.places.values()})
+
+    def fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
+        """Give a module's parameters and persistent buffers their values, float32; `prefix` is its in-memory name."""
+        for name, parameter in list(module.named_parameters(prefix, recurse, remove_duplicate=False)):
+            if parameter.is_meta and name in self.places:
+                _assign(module, name.removeprefix(f"{prefix}." if prefix else ""), self.read(name).float())
+        for name, buffer in module.named_buffers(prefix, recurse):
+            if name in self.places:
+                buffer.copy_(self.read(name))
+
+
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def release(module: nn.Module) -> None:
+    """Put a module's parameters back on the meta device: their memory is free again."""
+    for name, parameter in list(module.named_parameters()):
+        _assign(module, name, parameter.detach().to("meta"))
+
+
+def open_checkpoint(name: str, revision: str | None = None, weights: bool = True) -> Checkpoint:
+    """Open a demo by its name, a local folder, or a Hub model; VlmqError in one line where that cannot be done.
+
+    With `weights=False` the configuration is enough (`vlmq inspect`): nothing else is downloaded.
+    """
+    folder, revision = _find(name, revision, weights)
+    config = _config(folder)
+    family = family_of(config)
+    if not weights and not _weight_files(folder):
+        return Checkpoint(name, folder, config, family, revision)
+    on_disk = _headers(folder)
+    try:
+        names = memory_names(on_disk, skeleton(config))
+    except ValueError as error:
+        raise VlmqError(f"{folder}: {error}") from error
+    return Checkpoint(name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()})
+
+
+def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name], None
+    folder = Path(name)
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise VlmqError(f"{name}: is a file; name the checkpoint's folder")
+    missing = f"{name}: no such folder and no such Hub model; name a folder, a Hub id (user/name) or a demo ({', '.join(CHECKPOINTS)})"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise VlmqError(missing)
+    try:
+        patterns = DOWNLOADED if weights else ["*.json"]
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise VlmqError(missing) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise VlmqError(f"{name}: not a folder here, and the Hub cannot be reached; pass a local folder") from error
+    return found, found.name       # a snapshot's folder is named after its commit
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise VlmqError(f"{folder}: has no config.json; name the folder of a transformers checkpoint")
+    try:
+        if "quantization_config" in json.loads(file.read_text()):
+            raise VlmqError(f"{file}: the checkpoint is quantized already; start from the full-precision one")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise VlmqError(f"{file}: {str(error).strip().splitlines()[0]}; vlmq exports BLIP-2 and LLaVA") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise VlmqError(f"{file}: the shard is missing, {INDEX} names it; get it again")
+        return files
+    single = folder / SINGLE
+    return [single] if single.is_file() else []
+
+
+def _headers(folder: Path) -> dict[str, Path]:
+    """On-disk tensor name -> file, from the headers; a truncated file is found here, before any work."""
+    files = _weight_files(folder)
+    if not files:
+        pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+        if pickles:
+            raise VlmqError(f"{folder}: only a pickle ({pickles[0]}), which could run code; convert it to safetensors first")
+        raise VlmqError(f"{folder}: has no {SINGLE}; name the folder of a safetensors checkpoint")
+    on_disk = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                on_disk.update(dict.fromkeys(opened.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise VlmqError(f"{file}: not a whole safetensors file ({error}); get it again") from error
+    return on_disk
+
+
+def _digest(file: Path) -> str:
+    digest = sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""The architecture tables: where each family keeps its blocks, and what feeds every linear in them.
+
+A family is data. A *stage* is a list of equal blocks (or one module that is a block by itself); its table says
+which linears read one and the same input, and whether a scale can be folded into what comes before them. The
+walk (`exporter/walk.py`) is the only reader. All names are the in-memory names of transformers' classes.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from transformers import PretrainedConfig
+from vlmq.exporter.errors import VlmqError
+
+Component = Literal["vision", "connector", "language"]
+Kind = Literal["attention", "feedforward", "projection"]
+COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Linears that read one and the same input, and the module before them that can absorb the inverse of a scale.
+
+    Only a norm's affine part, or a linear with nothing or ReLU or a product's other factor in between, can do so;
+    `after` is None where nothing can. `part` names the stacked part of a fused projection that is meant.
+    """
+
+    linears: tuple[str, ...]
+    kind: Kind
+    after: str | None = None
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that run one after the other: their place, their table, and which linears stack several parts."""
+
+    component: Component
+    path: str
+    reads: tuple[Reads, ...]
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    single: bool = False        # the module at `path` is one block, not a list of them
+    live: Callable[[PretrainedConfig], int] | None = None       # how many blocks run; None: all
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture: its stages in the order they run, and what is left in full precision, and why."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    kept: dict[str, str]            # module name -> reason
+    question: str                   # prompt for a question
+    caption: str                    # prompt for a caption
+
+
+def attention(linears: str, after: str | None = None, part: str | None = None) -> Reads:
+    return Reads(_expand(linears), "attention", after, part)
+
+
+def feedforward(linears: str, after: str | None = None) -> Reads:
+    return Reads(_expand(linears), "feedforward", after)
+
+
+def projection(linears: str) -> Reads:
+    return Reads(_expand(linears), "projection")
+
+
+def _expand(pattern: str) -> tuple[str, ...]:
+    """`mlp.{gate,up}_proj` -> `mlp.gate_proj`, `mlp.up_proj`."""
+    braces = re.search(r"\{(.*?)\}", pattern)
+    if not braces:
+        return (pattern,)
+    return tuple(pattern.replace(braces[0], name) for name in braces[1].split(","))
+
+
+# BLIP-2's ViT stacks q, k and v as [3, heads, d]: rows 2C:3C are v. GELU does not commute with a scale, so nothing
+# can be folded into fc1.
+VIT = (
+    attention("self_attn.qkv", after="layer_norm1"),
+    attention("self_attn.projection", after="self_attn.qkv", part="v"),
+    feedforward("mlp.fc1", after="layer_norm2"),
+    feedforward("mlp.fc2"),
+)
+
+# Post-norm: each norm's output is also the residual, so nothing can absorb a scale but v before the output.
+# Keys and values of the cross-attention read the vision tower, not the queries.
+QFORMER = (
+    attention("attention.attention.{query,key,value}"),
+    attention("attention.output.dense", after="attention.attention.value"),
+    attention("crossattention.attention.query"),
+    attention("crossattention.attention.{key,value}"),
+    attention("crossattention.output.dense", after="crossattention.attention.value"),
+    feedforward("intermediate_query.dense"),
+    feedforward("output_query.dense"),
+)
+
+OPT = (
+    attention("self_attn.{q,k,v}_proj", after="self_attn_layer_norm"),
+    attention("self_attn.out_proj", after="self_attn.v_proj"),
+    feedforward("fc1", after="final_layer_norm"),
+    feedforward("fc2", after="fc1"),        # ReLU commutes with a positive scale
+)
+
+CLIP = (
+    attention("self_attn.{q,k,v}_proj", after="layer_norm1"),
+    attention("self_attn.out_proj", after="self_attn.v_proj"),
+    feedforward("mlp.fc1", after="layer_norm2"),
+    feedforward("mlp.fc2"),
+)
+
+PROJECTOR = (projection("linear_1"), projection("linear_2"))
+
+# Llama, Mistral and Qwen2 (which adds biases to q, k and v).
+LLAMA = (
+    attention("self_attn.{q,k,v}_proj", after="input_layernorm"),
+    attention("self_attn.o_proj", after="self_attn.v_proj"),
+    feedforward("mlp.{gate,up}_proj", after="post_attention_layernorm"),
+    feedforward("mlp.down_proj", after="mlp.up_proj"),      # gate(x) * up(x): linear in up
+)
+
+
+def loose(reads: tuple[Reads, ...], *linears: str) -> tuple[Reads, ...]:
+    """The same table with nothing to fold into before `linears`."""
+    return tuple(replace(entry, after=None) if set(entry.linears) & set(linears) else entry for entry in reads)
+
+
+def _blip2(config: PretrainedConfig) -> Family:
+    text = config.text_config
+    if text.model_type != "opt":
+        raise VlmqError(f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt")
+    opt = OPT
+    if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:     # post-norm (opt-350m), or bare norms
+        opt = loose(opt, "self_attn.q_proj", "fc1")
+    if text.activation_function != "relu":
+        opt = loose(opt, "fc2")
+    return Family(
+        name="blip-2",
+        stages=(
+            Stage("vision", "vision_model.encoder.layers", VIT, fused={"self_attn.qkv": ("q", "k", "v")}),
+            Stage("connector", "qformer.encoder.layer", QFORMER),
+            Stage("connector", "language_projection", (projection(""),), single=True),
+            Stage("language", "language_model.model.decoder.layers", opt),
+        ),
+        kept={
+            "language_model.lm_head": "output head, tied to the token embedding" if text.tie_word_embeddings else "output head",
+            "language_model.model.decoder.project_in": "width change of the token embedding",
+            "language_model.model.decoder.project_out": "width change before the output head",
+        },
+        question="Question: {} Answer:",
+        caption="a photo of",
+    )
+
+
+def _read_vision_layers(config: PretrainedConfig) -> int:
+    """How many CLIP layers run before the last hidden state LLaVA reads: with -2, all but one."""
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    depth = config.vision_config.num_hidden_layers
+    return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+
+
+def _llava(config: PretrainedConfig) -> Family:
+    text, vision = config.text_config, config.vision_config
+    if text.model_type not in ("llama", "mistral", "qwen2"):
+        raise VlmqError(
+            f"language_model: LLaVA with {text.model_type} is not supported; supported text models are llama, mistral, qwen2"
+        )
+    if vision.model_type != "clip_vision_model":
+        raise VlmqError(f"vision_tower: LLaVA with {vision.model_type} is not supported; the supported tower is clip_vision_model")
+    llama = LLAMA
+    if text.num_key_value_heads != text.num_attention_heads:      # grouped queries: several rows of o read one row of v
+        llama = loose(llama, "self_attn.o_proj")
+    return Family(
+        name="llava",
+        stages=(
+            Stage("vision", "model.vision_tower.encoder.layers", CLIP, live=_read_vision_layers),
+            Stage("connector", "model.multi_modal_projector", PROJECTOR, single=True),
+            Stage("language", "model.language_model.layers", llama),
+        ),
+        kept={"lm_head": "output head"},
+        question="USER: <image>\n{} ASSISTANT:",
+        caption="USER: <image>\nDescribe the image. ASSISTANT:",
+    )
+
+
+FAMILIES: dict[str, Callable[[PretrainedConfig], Family]] = {"blip-2": _blip2, "llava": _llava}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The table for a configuration; VlmqError where there is none."""
+    make = FAMILIES.get(config.model_type)
+    if make is None:
+        raise VlmqError(
+            f"config.json: model type {config.model_type!r} is not a vision-language model vlmq knows; "
+            f"it exports {', '.join(FAMILIES)}"
+        )
+    return make(config)

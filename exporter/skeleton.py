@@ -1,0 +1,45 @@
+"""A model without its weights: parameters on the meta device, buffers with their values.
+
+A model built wholly on the meta device loses the buffers that no file holds (rotary frequencies, position ids), so
+only the parameters are moved there, each as it is registered; none is ever filled.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `config` describes, in eval mode, every parameter on the meta device and of `dtype`."""
+    with _parameters_on_meta():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    # transformers draws this line for fp16 only: layers that overflow in it (BLIP-2's Q-Former) stay in float32.
+    if dtype == torch.float16:
+        _keep_in_float32(model, model._keep_in_fp32_modules or ())
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        # One already there is returned as it is, or two tied names would become two parameters.
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _keep_in_float32(model: PreTrainedModel, parts: Iterator[str]) -> None:
+    """Every parameter with one of `parts` in its name becomes float32 (still on the meta device)."""
+    for name, parameter in model.named_parameters():
+        if set(parts) & set(name.split(".")):
+            parameter.data = parameter.data.float()
