@@ -6,8 +6,6 @@ where each lies is known from the headers alone.
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -70,15 +68,6 @@ class Checkpoint:
         place = self.places[name]
         with safe_open(place.file, framework="pt") as file:
             return getattr(torch, _DTYPES[file.get_slice(place.name).get_dtype()])
-
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """sha256 of every weight file: what the manifest says the export was made from."""
-        return {file.name: _digest(file) for file in sorted({place.file for place in self.places.values()})}
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(file.stat().st_size for file in {place.file for place in self.places.values()})
 
     def fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         """Give a module's parameters and persistent buffers their values, float32; `prefix` is its in-memory name."""
@@ -185,10 +174,3 @@ def _headers(folder: Path) -> dict[str, Path]:
             raise VlmqError(f"{file}: not a whole safetensors file ({error}); get it again") from error
     return on_disk
 
-
-def _digest(file: Path) -> str:
-    digest = sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -56,7 +56,7 @@ def quantize(
     for stage in walk.stages:
         calls = calibration.calls(stage) if calibration else []
         for block in stage:
-            progress(block.name, done, count)
+            progress("quantizing", done, count)
             module = model.get_submodule(block.name)
             checkpoint.fill(module, block.name)
             yield _quantize_block(block, model, assignment.schemes, checkpoint, calls)
@@ -66,7 +66,7 @@ def quantize(
             done += 1
         if calibration:
             calibration.finish(stage, calls)
-    progress("quantized", count, count)
+    progress("quantizing", count, count)
 
 
 def _fill_outside(checkpoint: Checkpoint, model: nn.Module, walk: Walk) -> None:

@@ -16,13 +16,14 @@ Solve = Callable[[Tensor, Statistics, Grid, torch.dtype], QuantizedWeight]
 
 @dataclass(frozen=True)
 class Method:
-    """`rescale` picks a scale to fold before an input; `solve` turns a weight into codes."""
+    """`rescale` picks a scale to fold before an input; `solve` turns a weight into codes, from inputs if `calibrated`."""
 
     solve: Solve
     rescale: Rescale | None = None
+    calibrated: bool = True
 
 
 METHODS: dict[str, Method] = {
-    "rtn": Method(rtn.solve),
+    "rtn": Method(rtn.solve, calibrated=False),
     "awq": Method(awq.solve, awq.rescale),
 }

@@ -1,0 +1,319 @@
+"""The command line: arguments become one value, one call does the work, and the person sees the result.
+
+Heavy imports are inside the commands, so that --help answers at once. Exit codes: 0, 1 (the export does not answer
+as the reference did), 2 (bad input).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import vlmq
+
+if TYPE_CHECKING:
+    from vlmq.exporter.evaluation.verify import Verdict
+    from vlmq.exporter.inspection import Inspection
+    from vlmq.exporter.recipe import Recipe
+
+DEFAULT_MODEL = "blip2-mini"
+
+app = typer.Typer(
+    name="vlmq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Export vision-language models to INT4/INT8 and prove that they still answer as the original did.",
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a Hub id (user/name), or a demo: blip2-mini, llava-mini.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Data = Annotated[str | None, typer.Option(help="Samples to verify on: VQAv2 or COCO files, a .jsonl, a folder of images.")]
+MaxDrop = Annotated[float | None, typer.Option(help="Points of accuracy that may be lost; exit 1 beyond.  [default: 2 from 4 bits on]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
+
+
+def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that make up a recipe; it gets the effective one as `recipe`."""
+
+    def flags(
+        recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML); flags override it. See docs/recipes.md.")] = None,
+        method: Annotated[str | None, typer.Option(help="How weights are quantized: awq or rtn.  [default: awq]")] = None,
+        bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8, or 16 to leave alone.  [default: 4]")] = None,
+        group_size: Annotated[
+            int | None, typer.Option(help="Columns that share a scale, 16 to 256, or -1 for the row.  [default: 128]")
+        ] = None,
+        symmetric: Annotated[
+            bool | None, typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  [default: symmetric]")
+        ] = None,
+        qkv: Annotated[str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  [default: fused]")] = None,
+        vision_bits: Annotated[int | None, typer.Option(help="Bits of the vision encoder.")] = None,
+        connector_bits: Annotated[int | None, typer.Option(help="Bits of the Q-Former or projector.")] = None,
+        language_bits: Annotated[int | None, typer.Option(help="Bits of the language model.")] = None,
+        vision_method: Annotated[str | None, typer.Option(help="Method of the vision encoder.")] = None,
+        connector_method: Annotated[str | None, typer.Option(help="Method of the Q-Former or projector.")] = None,
+        language_method: Annotated[str | None, typer.Option(help="Method of the language model.")] = None,
+        **others: Any,
+    ) -> None:
+        made = _recipe(
+            recipe, {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "qkv": qkv},
+            {"vision": (vision_bits, vision_method), "connector": (connector_bits, connector_method),
+             "language": (language_bits, language_method)},
+        )
+        command(recipe=made, **others)
+
+    # typer reads signatures: the command's own parameters, with `recipe` replaced by the flags.
+    own = [parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "recipe"]
+    shared = [parameter for parameter in signature(flags).parameters.values() if parameter.name != "others"]
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*own[:2], *shared, *own[2:])]
+    flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    flags.__name__, flags.__doc__ = command.__name__, command.__doc__
+    return flags
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(f"vlmq {vlmq.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@_takes_recipe
+def export(
+    recipe: Any,
+    model: Model = DEFAULT_MODEL,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.  [default: MODEL-METHOD-wBITS]")] = None,
+    format: Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")] = "both",
+    accuracy_level: Annotated[
+        Literal["0", "4"], typer.Option(help="onnxruntime's products: 0 in float32, 4 in int8 (faster, less exact).")
+    ] = "0",
+    calibration: Annotated[
+        str | None, typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  [default: the demo's; flickr30k]")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many samples to calibrate on.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Allow samples without an image.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")] = True,
+    data: Data = None,
+    max_drop: MaxDrop = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model, write it as safetensors and ONNX, and verify it."""
+    from vlmq.exporter.pipeline import Request
+    from vlmq.exporter.pipeline import export as run_export
+
+    name = output or Path(f"{Path(model).name}-{recipe.method}-w{recipe.bits}")
+    request = Request(
+        model=model, output=name, recipe=recipe, revision=revision, formats=format, accuracy_level=int(accuracy_level),
+        calibration=calibration, samples=samples, seed=seed, text_only=text_only, verify=verify, data=data, max_drop=max_drop,
+    )
+    with _bars(as_json) as progress:
+        done = run_export(request, progress)
+    if as_json:
+        _print_json({"folder": str(done.folder), "verdict": done.verdict and _verdict_json(done.verdict)})
+    else:
+        from vlmq.formats.manifest import sizes
+
+        found = sizes(done.manifest)
+        typer.echo(
+            f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller than fp16 "
+            f"with scales ({found.bits_per_weight:.2f} bits per weight)"
+        )
+    if done.verdict:
+        _conclude(done.verdict, as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote.")],
+    reference: Annotated[str | None, typer.Option(help="The checkpoint it was made from, if it moved.")] = None,
+    data: Data = None,
+    max_drop: MaxDrop = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare an export with the checkpoint it was made from."""
+    from vlmq.exporter.pipeline import verify_folder
+
+    with _bars(as_json) as progress:
+        verdict = verify_folder(folder, reference, data, max_drop, progress)
+    if as_json:
+        _print_json(_verdict_json(verdict))
+    _conclude(verdict, as_json)
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    prompt: Annotated[str | None, typer.Option(help="A question about it; without one, it is described.")] = None,
+    engine: Annotated[Literal["onnx", "torch"] | None, typer.Option(help="[default: onnx where the folder has it]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 30,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the family's template.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask an exported model about a picture."""
+    from vlmq.exporter.asking import ask
+
+    answer = ask(folder, image, prompt, engine, max_new_tokens, raw)
+    if as_json:
+        _print_json({"text": answer.text, "tokens": list(answer.tokens)})
+    else:
+        typer.echo(answer.text)
+
+
+@app.command()
+@_takes_recipe
+def inspect(
+    recipe: Any,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's components, blocks and linears, and what a recipe would do to each; a config is enough."""
+    from vlmq.exporter.inspection import inspect as look
+
+    found = look(model, recipe, revision)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(found) | {"before": found.before, "after": found.after})
+    else:
+        _print_tree(found)
+
+
+def _recipe(
+    file: Path | None, flags: dict[str, Any], components: dict[str, tuple[int | None, str | None]]
+) -> "Recipe":
+    """Flags laid over the recipe file, if there is one."""
+    from vlmq.exporter.recipe import make_recipe, read_recipe
+
+    content = read_recipe(file).model_dump(exclude_unset=True) if file else {}
+    content |= {key: value for key, value in flags.items() if value is not None}
+    for component, (bits, method) in components.items():
+        said = {key: value for key, value in (("bits", bits), ("method", method)) if value is not None}
+        if said:
+            settings = content.setdefault("components", {})
+            settings[component] = {**settings.get(component, {}), **said}
+    return make_recipe(content)
+
+
+def _verdict_json(verdict: "Verdict") -> dict[str, object]:
+    from vlmq.exporter.evaluation.report import as_dict
+
+    return as_dict(verdict)
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=1))
+
+
+def _conclude(verdict: "Verdict", as_json: bool) -> None:
+    """The table and the word, and exit 1 where a threshold was missed."""
+    if not as_json:
+        _print_table(verdict)
+    for miss in verdict.misses:
+        typer.echo(f"vlmq: {miss}", err=True)
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _print_table(verdict: "Verdict") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmq.exporter.evaluation.report import rows
+
+    title = f"{verdict.samples} questions about {verdict.images} images" if verdict.accuracy else f"{verdict.samples} prompts"
+    table = Table(title=title, caption="differences: points, with a 95 % interval over images", title_justify="left")
+    table.add_column("")
+    for heading in ("reference", "export", "difference"):
+        table.add_column(heading, justify="right")
+    for row in rows(verdict):
+        table.add_row(row.label, row.reference, row.export, row.difference)
+    console = Console()
+    Console(width=None if console.is_terminal else 110).print(table)
+    word = "[green]ok[/]" if verdict.ok else "[red]failed[/]"
+    console.print(f"{word}: a drop of up to {verdict.max_drop:g} points is allowed at {verdict.bits} bits")
+
+
+def _print_tree(found: "Inspection") -> None:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    def megabytes(before: int, after: int) -> str:
+        return f"{before / 1e6:,.2f} MB -> {after / 1e6:,.2f} MB"
+
+    tree = Tree(
+        f"[bold]{found.model}[/] ({found.family}): {found.parameters / 1e6:,.1f} M parameters, {megabytes(found.before, found.after)}"
+    )
+    for component, blocks in found.components.items():
+        total = megabytes(sum(entry.before for entry in blocks), sum(entry.after for entry in blocks))
+        parameters = sum(entry.parameters for entry in blocks)
+        branch = tree.add(f"[bold]{component}[/]: {parameters / 1e6:,.2f} M in linears, {total}")
+        for entry in blocks:
+            times = f" and {entry.count - 1} more alike" if entry.count > 1 else ""
+            leaf = branch.add(f"{entry.name}{times}: {megabytes(entry.before, entry.after)}")
+            for linear in entry.linears:
+                leaf.add(f"{linear.name} {linear.shape[0]} x {linear.shape[1]}: {linear.plan}", highlight=False)
+    kept = tree.add(f"[bold]kept[/]: {found.elsewhere / 1e6:,.2f} MB outside the blocks' linears")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.kept.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        kept.add(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(tree)
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback: one bar with its ETA for each thing under way, and nothing where nobody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done)
+
+        yield progress
+
+
+def main() -> None:
+    """Run the command line; what a person did wrong is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except Exception as error:
+        # Only now: these modules take no time to import, but the package they lie in may.
+        from vlmq.exporter.errors import VlmqError
+        from vlmq.formats.errors import FormatError
+
+        if not isinstance(error, VlmqError | FormatError):
+            raise
+        typer.echo(f"vlmq: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

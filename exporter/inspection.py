@@ -1,0 +1,118 @@
+"""What a model is made of and what a recipe would do to it, from a configuration alone: nothing is calibrated or read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.families import COMPONENTS
+from vlmq.exporter.recipe import Assignment, Recipe, Scheme
+from vlmq.exporter.walk import Block, Site, walk
+from vlmq.formats import compressed_tensors
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a block: its shape (out, in), its bytes, what the recipe gives it, and the bytes it then has."""
+
+    name: str
+    shape: tuple[int, int]
+    before: int
+    after: int
+    plan: str
+
+    @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Consecutive blocks that are equal in every linear: the first's name, how many, and the linears of one."""
+
+    name: str
+    count: int
+    linears: tuple[Linear, ...]
+
+    @property
+    def before(self) -> int:
+        return self.count * sum(linear.before for linear in self.linears)
+
+    @property
+    def after(self) -> int:
+        return self.count * sum(linear.after for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        return self.count * sum(linear.parameters for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model by component, the linears that are kept and why, and the bytes of all that is no linear of a block."""
+
+    model: str
+    family: str
+    components: dict[str, tuple[Blocks, ...]]
+    kept: dict[str, str]
+    parameters: int
+    elsewhere: int          # bytes of embeddings, norms, biases, heads
+
+    @property
+    def before(self) -> int:
+        return self.elsewhere + sum(blocks.before for found in self.components.values() for blocks in found)
+
+    @property
+    def after(self) -> int:
+        return self.elsewhere + sum(blocks.after for found in self.components.values() for blocks in found)
+
+
+def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspection:
+    """Walk a demo, a folder (config.json is enough) or a Hub model, and apply the recipe to it on paper."""
+    checkpoint = open_checkpoint(model, revision, weights=False)
+    skeleton = checkpoint.skeleton()
+    plan = walk(skeleton, checkpoint.family)
+    assignment = recipe.assign(plan)
+    width = _width(checkpoint)
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    in_blocks = sum(site.rows * site.columns for site in plan.sites)
+    components = {
+        component: tuple(_grouped(
+            [block for block in plan.blocks if block.component == component], assignment, width
+        )) for component in COMPONENTS
+    }
+    return Inspection(
+        model, checkpoint.family.name, components, plan.kept, parameters, (parameters - in_blocks) * width
+    )
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    """Bytes of a weight: as stored, or as the configuration says, or half precision."""
+    stored = next(iter(checkpoint.places), None)
+    dtype = checkpoint.dtype(stored) if stored else checkpoint.config.dtype
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _grouped(blocks: list[Block], assignment: Assignment, width: int) -> Iterator[Blocks]:
+    linears = [
+        tuple(_linear(site, block, assignment.schemes.get(site.name), assignment.kept, width) for site in block.sites)
+        for block in blocks
+    ]
+    start = 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or linears[end] != linears[start]:
+            yield Blocks(blocks[start].name, end - start, linears[start])
+            start = end
+
+
+def _linear(site: Site, block: Block, scheme: Scheme | None, kept: dict[str, str], width: int) -> Linear:
+    name = site.name.removeprefix(block.name).removeprefix(".") or site.name
+    shape, before = (site.rows, site.columns), site.rows * site.columns * width
+    if scheme is None:
+        return Linear(name, shape, before, before, f"kept: {kept[site.name]}")
+    group = "per row" if scheme.grid.group == -1 else f"g{scheme.grid.group}"
+    plan = f"{scheme.method} {scheme.grid.bits}-bit {group}{'' if scheme.grid.symmetric else ' asymmetric'}"
+    if scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows:
+        return Linear(name, shape, before, before, f"{plan}, v alone; stored dense")
+    return Linear(name, shape, before, compressed_tensors.packed_bytes(shape, scheme.grid, width), plan)

@@ -1,0 +1,155 @@
+"""The way of the data, from a checkpoint to a verified export; each step is one call.
+
+    checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from torch import nn
+from transformers import AutoProcessor
+
+import vlmq
+from vlmq.exporter import data as datas
+from vlmq.exporter.calibration import Calibration, prepare
+from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.evaluation import report
+from vlmq.exporter.evaluation.verify import Verdict, verify
+from vlmq.exporter.load import load
+from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.quantize import QuantizedBlock, quantize
+from vlmq.exporter.recipe import Assignment, Recipe
+from vlmq.exporter.samples import COUNT, Samples, ids_sha256
+from vlmq.exporter.walk import walk
+from vlmq.exporter.writing import Written, write_weights
+from vlmq.formats import compressed_tensors, manifest, onnx_graphs
+from vlmq.formats.folder import copy_companions, staged
+
+Formats = Literal["safetensors", "onnx", "both"]
+Progress = Callable[[str, int, int], None]          # what is under way, how much is done, of how much
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that an export depends on."""
+
+    model: str
+    output: Path
+    recipe: Recipe = Recipe()
+    revision: str | None = None
+    formats: Formats = "both"
+    accuracy_level: int = 0
+    calibration: str | None = None
+    samples: int = COUNT
+    seed: int = 0
+    text_only: bool = False
+    verify: bool = True
+    data: str | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The finished folder, what is in it, and whether it answers as the reference did (None: not asked)."""
+
+    folder: Path
+    manifest: manifest.Manifest
+    verdict: Verdict | None
+
+
+def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported:
+    """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone."""
+    checkpoint = open_checkpoint(request.model, request.revision)
+    model = checkpoint.skeleton()
+    plan = walk(model, checkpoint.family)
+    assignment = request.recipe.assign(plan)
+    calibrated = any(METHODS[scheme.method].calibrated for scheme in assignment.schemes.values())
+    data = datas.choose(
+        checkpoint, request.calibration, request.data, request.samples if calibrated else 0, request.seed,
+        request.text_only, request.verify,
+    )
+    with staged(request.output) as folder:
+        calibration = _calibration(checkpoint, model, data.calibration)
+        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress)
+        if request.formats == "onnx":
+            with TemporaryDirectory(dir=folder) as beside:
+                written = _write_safetensors(checkpoint, blocks, assignment, Path(beside))
+                _write_onnx(Path(beside), folder, request.accuracy_level, progress)
+            copy_companions(checkpoint.folder, folder)
+        else:
+            written = _write_safetensors(checkpoint, blocks, assignment, folder)
+            if request.formats == "both":
+                _write_onnx(folder, folder, request.accuracy_level, progress)
+        made = _manifest(request, checkpoint, assignment, data, written, folder)
+        manifest.write(folder, made)
+    verdict = None
+    if data.evaluation:
+        verdict = verify(request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress)
+        report.write(verdict, request.output)
+    return Exported(request.output, made, verdict)
+
+
+def verify_folder(
+    folder: Path, reference: str | None = None, data: str | None = None, max_drop: float | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> Verdict:
+    """Verify an export again: against the checkpoint its manifest names unless another is, and on other data if named."""
+    made = manifest.read(folder)
+    checkpoint = open_checkpoint(reference or made.source.name, None if reference else made.source.revision)
+    if reference is None and manifest.source(checkpoint.folder, checkpoint.name).files != made.source.files:
+        raise VlmqError(f"{checkpoint.folder}: not the weights that {folder} was made from; name those with --reference")
+    samples = datas.evaluation_set(data, made.calibration.dataset if made.calibration else datas.DEMO)
+    verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
+    report.write(verdict, folder)
+    return verdict
+
+
+def _calibration(checkpoint: Checkpoint, model: nn.Module, samples: Samples | None) -> Calibration | None:
+    if samples is None:
+        return None
+    processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    return Calibration(model, prepare(samples.samples, processor, checkpoint.family))
+
+
+def _write_safetensors(
+    checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path
+) -> Written:
+    written = write_weights(checkpoint, blocks, folder)
+    kept = {*assignment.kept, *(set(assignment.schemes) - set(written.grids))}
+    copy_companions(checkpoint.folder, folder, compressed_tensors.quantization_config(written.grids, kept))
+    return written
+
+
+def _write_onnx(weights: Path, folder: Path, accuracy_level: int, progress: Progress) -> None:
+    progress("ONNX graphs", 0, 1)
+    onnx_graphs.export(load(weights), folder, accuracy_level)
+    progress("ONNX graphs", 1, 1)
+
+
+def _manifest(
+    request: Request, checkpoint: Checkpoint, assignment: Assignment, data: datas.Data, written: Written, folder: Path
+) -> manifest.Manifest:
+    def on_disk(module: str) -> str:
+        place = checkpoint.places.get(f"{module}.weight")       # a tied head has no tensor of its own
+        return place.name.removesuffix(".weight") if place else module
+
+    samples = data.calibration
+    calibration = samples and manifest.Calibration(
+        dataset=samples.source, count=len(samples.samples), seed=request.seed,
+        ids_sha256=ids_sha256(samples.samples), images_sha256=data.digests,
+    )
+    return manifest.Manifest(
+        vlmq=vlmq.__version__,
+        source=manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision),
+        family=checkpoint.family.name,
+        recipe=request.recipe.model_dump(mode="json", exclude_none=True),
+        calibration=calibration,
+        tensors=written.records,
+        kept={on_disk(module): reason for module, reason in assignment.kept.items()},
+        files=manifest.describe(folder),
+        onnx=None if request.formats == "safetensors" else {"accuracy_level": request.accuracy_level},
+    )

@@ -1,0 +1,125 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmq import cli
+
+
+@pytest.fixture
+def vlmq(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect"])
+def test_help_loads_nothing_that_takes_time(command):
+    code = (
+        f"import sys; sys.argv = ['vlmq', '{command}', '--help']\nfrom vlmq import cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print('LOADED', sorted({'torch', 'transformers', 'numpy', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: vlmq" in done.stdout
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_inspect_needs_no_weights_and_says_what_each_linear_gets(vlmq, tiny_folders, tmp_path):
+    shutil.copy(tiny_folders["blip2-opt"] / "config.json", tmp_path)
+    code, out, _ = vlmq("inspect", tmp_path, "--group-size", 32, "--vision-bits", 8, "--connector-bits", 16)
+    assert code == 0
+    assert "self_attn.qkv 192 x 64: awq 8-bit g32" in out
+    assert "fc1 128 x 64: awq 4-bit g32" in out
+    assert "kept: 16 bits asked for" in out
+
+
+def test_inspect_as_json_counts_the_bytes_that_an_export_has(vlmq, tiny_folders, tmp_path, random_samples):
+    flags = (tiny_folders["llava-qwen2"], "--group-size", 32, "--method", "rtn")
+    _, out, _ = vlmq("inspect", *flags, "--json")
+    expected = json.loads(out)["after"]
+    code, _, err = vlmq("export", *flags, "--format", "safetensors", "--no-verify", "-o", tmp_path / "out")
+    assert code == 0, err
+    file = tmp_path / "out" / "model.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert file.stat().st_size - header == expected
+
+
+def bad_inputs(folder, tmp_path, images):
+    """name -> (arguments, what the one line must say)"""
+    truncated = shutil.copytree(folder, tmp_path / "truncated")
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "config.json").write_text('{"model_type": "llama"}')
+    lines = tmp_path / "missing.jsonl"
+    lines.write_text('{"image": "gone.png", "prompt": "what?"}\n')
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    fine = ("--group-size", 32, "--calibration", images, "--samples", 4, "--no-verify")
+    return {
+        "no such model": (("export", tmp_path / "nowhere"), "no such folder"),
+        "not a VLM": (("export", text), "is not a vision-language model"),
+        "pickles": (("export", pickled), "only a pickle"),
+        "truncated": (("export", truncated), "not a whole safetensors file"),
+        "bits 7": (("export", folder, "--bits", 7), "7 bits; choose one of"),
+        "no such method": (("export", folder, "--method", "magic"), "unknown method 'magic'"),
+        "group": (("export", folder), "64 columns do not divide into groups of 128"),
+        "odd group": (("export", folder, "--group-size", 50), "a group of 50 columns"),
+        "exists": (("export", folder, *fine, "-o", existing), "exists already"),
+        "missing image": (("export", folder, *fine, "--calibration", lines), "gone.png"),
+        "no parent": (("export", folder, *fine, "-o", tmp_path / "no" / "such"), "no such folder"),
+        "no recipe": (("export", folder, "--recipe", tmp_path / "no.yaml"), "cannot be read"),
+        "verify nothing": (("verify", text), "vlmq.json"),
+        "run nothing": (("run", tmp_path / "nowhere", "--image", "x.png"), "has no config.json"),
+        "run no image": (("run", folder, "--image", tmp_path / "gone.png"), "no such image"),
+    }
+
+
+BAD = ("no such model", "not a VLM", "pickles", "truncated", "bits 7", "no such method", "group", "odd group", "exists",
+       "missing image", "no parent", "no recipe", "verify nothing", "run nothing", "run no image")
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(which, vlmq, tiny_folders, tmp_path, random_samples):
+    arguments, message = bad_inputs(tiny_folders["blip2-opt"], tmp_path, random_samples[0].image.parent)[which]
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = vlmq(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("vlmq: ")
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no place here that even root cannot write to")
+def test_an_output_place_that_is_read_only_is_refused(vlmq, tiny_folders):
+    flags = ("--method", "rtn", "--group-size", 32, "--no-verify", "-o", "/proc/out")
+    code, _, err = vlmq("export", tiny_folders["blip2-opt"], *flags)
+    assert code == 2
+    assert "/proc: cannot be written" in err
+
+
+def test_flags_override_the_recipe_file(vlmq, tiny_folders, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("bits: 3\ngroup_size: 32\ncomponents:\n  vision: {bits: 8, method: rtn}\n")
+    code, out, _ = vlmq("inspect", tiny_folders["blip2-opt"], "--recipe", file, "--bits", 6, "--vision-bits", 5)
+    assert code == 0
+    assert "self_attn.qkv 192 x 64: rtn 5-bit g32" in out
+    assert "fc1 128 x 64: awq 6-bit g32" in out
