@@ -1,4 +1,4 @@
-"""The one error a person sees: one line that says where, what, and the remedy. The command line catches it and exits 2."""
+"""The one error a person sees: one line that says where, what, and the remedy. The command line exits 2 on it."""
 
 
 class VlmqError(Exception):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PretrainedConfig
+
 from vlmq.exporter.errors import VlmqError
 
 Component = Literal["vision", "connector", "language"]

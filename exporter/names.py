@@ -5,11 +5,13 @@ the model in memory says `model.language_model.layers.0...` and `model.vision_to
 it loads; this applies the same tables by the same functions, so that there is nothing here to fall behind.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from vlmq.formats.compressed_tensors import PARTS
 
 
 def memory_name(disk_name: str, model: PreTrainedModel) -> str:
@@ -40,9 +42,9 @@ def memory_names(disk_names: Iterable[str], model: PreTrainedModel) -> dict[str,
     return {name: _through_weight(name, renamed) for name in sorted(disk_names)}
 
 
-def _through_weight(name: str, renamed) -> str:
+def _through_weight(name: str, renamed: Callable[[str], str]) -> str:
     """Rename with the last part of a packed weight's tensor replaced by the `weight` that transformers knows."""
-    module, _, leaf = name.rpartition(".")
-    if leaf.startswith("weight_"):
-        return renamed(f"{module}.weight").removesuffix("weight") + leaf
+    module, _, part = name.rpartition(".")
+    if part in PARTS:
+        return renamed(f"{module}.weight").removesuffix("weight") + part
     return renamed(name)

@@ -4,7 +4,7 @@ A model built wholly on the meta device loses the buffers that no file holds (ro
 only the parameters are moved there, each as it is registered; none is ever filled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,14 +31,14 @@ def _parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)     # type: ignore[arg-type]    # torch says "-> None"
     try:
         yield
     finally:
         hook.remove()
 
 
-def _keep_in_float32(model: PreTrainedModel, parts: Iterator[str]) -> None:
+def _keep_in_float32(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Every parameter with one of `parts` in its name becomes float32 (still on the meta device)."""
     for name, parameter in model.named_parameters():
         if set(parts) & set(name.split(".")):

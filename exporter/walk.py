@@ -7,6 +7,7 @@ reason, and each line of the table matches something; otherwise the walk stops.
 from dataclasses import dataclass
 
 from torch import nn
+
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Component, Family, Kind, Reads, Stage
 

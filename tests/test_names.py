@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from tiny import VARIANTS, tiny, tiny_folder
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
 from vlmq.exporter.names import memory_name, memory_names
 from vlmq.exporter.skeleton import skeleton
-from vlmq.tests.tiny import VARIANTS, tiny, tiny_folder
 
 LLAVAS = [variant for variant in VARIANTS if variant.startswith("llava")]
 # From the model in memory to the files of llava-hf on the Hub, as its model.safetensors.index.json has them.
@@ -76,6 +77,14 @@ def test_the_tensors_of_a_packed_weight_are_named_like_their_weight(part):
     model = skeleton(tiny("llava-llama").config)
     disk = f"language_model.model.layers.1.mlp.down_proj.{part}"
     assert memory_name(disk, model) == f"model.language_model.layers.1.mlp.down_proj.{part}"
+
+
+def test_the_tensors_of_a_packed_weight_get_the_prefix_its_weight_gets():
+    """A file of a bare language model, read into one with a head: transformers looks for the weight it knows."""
+    text = tiny("llava-llama").config.text_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    assert memory_name("layers.0.mlp.up_proj.weight_packed", model) == "model.layers.0.mlp.up_proj.weight_packed"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

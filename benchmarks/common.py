@@ -1,0 +1,83 @@
+"""What the benchmarks share: the machine in words, results as JSON, and answers of a model in this process."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, PreTrainedModel
+
+from vlmq.exporter.checkpoint import Checkpoint
+from vlmq.exporter.data import demo_folder
+from vlmq.exporter.evaluation.answers import BATCH, answer_all, images_of
+from vlmq.exporter.runtime import Answer, TorchVlm
+from vlmq.exporter.samples import Sample, prompt_of
+from vlmq.exporter.sources import read
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores and library versions: what a figure depends on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.processor(),
+    ) if Path("/proc/cpuinfo").exists() else platform.processor()
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            continue
+    return {
+        "processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
+        "python": platform.python_version(), "libraries": found,
+    }
+
+
+def write(name: str, command: str, results: object) -> Path:
+    """Write benchmarks/results/NAME.json: the command that makes it, the machine, the results."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"command": command, "machine": machine(), "results": results}, indent=1) + "\n")
+    return path
+
+
+def questions() -> tuple[Sample, ...]:
+    """The demo's evaluation questions: none of their pictures was calibrated or trained on."""
+    return tuple(sample for sample in read(demo_folder("evaluation"), None).samples if sample.kind == "question")
+
+
+def calibration(count: int, seed: int) -> tuple[Sample, ...]:
+    return read(demo_folder("calibration"), count, seed).samples
+
+
+def vlm(checkpoint: Checkpoint, model: PreTrainedModel) -> TorchVlm:
+    return TorchVlm(model, AutoProcessor.from_pretrained(checkpoint.folder), checkpoint.family)
+
+
+def answers(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Answer]:
+    return answer_all(asked, samples, checkpoint.family)
+
+
+def first_logits(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) -> np.ndarray:
+    """(n, vocabulary) float64: the logits of each answer's first token."""
+    batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    return np.concatenate([
+        asked.next_logits(images_of(batch), [prompt_of(sample, checkpoint.family) for sample in batch]) for batch in batches
+    ]).astype(np.float64)
+
+
+def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of the softmax of `logits` from that of `reference`."""
+    def log_softmax(values: np.ndarray) -> np.ndarray:
+        shifted = values - values.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    first, second = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(first) * (first - second)).sum(-1).mean())

@@ -1,0 +1,149 @@
+"""`load(folder)`: an exported folder, or any checkpoint of a supported family, as a transformers model ready to run.
+
+transformers' own `from_pretrained` reads exported folders too, and makes every weight dense. Here quantized linears
+stay packed: each becomes a `QuantizedLinear` straight from its words, one at a time, so that the full-precision
+model never exists in memory.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from vlmq.exporter.names import memory_names
+from vlmq.exporter.skeleton import skeleton
+from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats.errors import FormatError
+from vlmq.formats.shards import headers
+from vlmq.kernels.grid import Grid
+from vlmq.kernels.linear import QuantizedLinear
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a local folder, in eval mode, computing in `dtype`; nothing is fetched and no code of it is run.
+
+    FormatError where the folder's tensors are not exactly those of the model: absent, unknown, or of another shape.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder}: no config.json there; name the folder of an exported model")
+    if not headers(folder):
+        raise FormatError(f"{folder}: no safetensors there; convert the model with transformers' save_pretrained")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return _load_plain(folder, dtype)
+    del config.quantization_config          # or the model would call itself quantized by transformers' own reader
+    return _load_packed(folder, config, quantization, dtype)
+
+
+def _load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    model, info = loaded
+    _refuse(folder, "absent", info["missing_keys"])
+    _refuse(folder, "not part of the model", info["unexpected_keys"])
+    return model.eval()
+
+
+def _load_packed(folder: Path, config: PretrainedConfig, quantization: dict, dtype: torch.dtype) -> PreTrainedModel:
+    model = skeleton(config, dtype)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    grids = compressed_tensors.grids(quantization, linears)
+    tensors = _Tensors(folder, model)
+    _check_manifest(folder, grids, tensors)
+
+    for name, grid in grids.items():
+        model.set_submodule(name, _quantized(name, grid, model.get_submodule(name), tensors))
+    dense = {name: parameter for name, parameter in model.state_dict().items() if parameter.is_meta}
+    model.load_state_dict(_dense(folder, dense, tensors), strict=False, assign=True)
+    _refuse(folder, "not part of the model", _unknown(tensors, model))
+
+    missing = set(dense) - set(tensors.used)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    _refuse(folder, "absent", missing)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+class _Tensors:
+    """The tensors of a folder by their names in memory, each read when asked for; `used` are those that were."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.headers = headers(folder)
+        self.disk = {memory: disk for disk, memory in memory_names(self.headers, model).items()}
+        self.memory = {disk: memory for memory, disk in self.disk.items()}
+        files = {header.file for header in self.headers.values()}
+        self.files = {name: safe_open(folder / name, "pt") for name in files}
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        disk = self.disk[name]
+        self.used.add(name)
+        return self.files[self.headers[disk].file].get_tensor(disk)
+
+
+def _quantized(name: str, grid: Grid, linear: nn.Module, tensors: _Tensors) -> QuantizedLinear:
+    parts = {f"{name}.{part}": tensors[f"{name}.{part}"] for part in compressed_tensors.PARTS
+             if f"{name}.{part}" in tensors.disk}
+    weight = compressed_tensors.unpack(name, parts, grid)
+    assert isinstance(linear, nn.Linear)
+    if weight.shape != linear.weight.shape:
+        raise FormatError(f"{name}: packed as {tuple(weight.shape)} where config.json describes "
+                          f"{tuple(linear.weight.shape)}; export the model again")
+    bias = None
+    if linear.bias is not None:
+        if f"{name}.bias" not in tensors.disk:
+            raise FormatError(f"{name}.bias: absent; export the model again")
+        bias = tensors[f"{name}.bias"].to(linear.bias.dtype)
+    return QuantizedLinear.from_weight(weight, bias)
+
+
+def _dense(folder: Path, dense: dict[str, Tensor], tensors: _Tensors) -> dict[str, Tensor]:
+    """What is not quantized, in the dtype the skeleton has for it."""
+    state = {}
+    for name, expected in dense.items():
+        if name not in tensors.disk:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != expected.shape:
+            raise FormatError(f"{folder}: {name} has shape {tuple(tensor.shape)} where config.json describes "
+                              f"{tuple(expected.shape)}; export the model again")
+        state[name] = tensor.to(expected.dtype)
+    return state
+
+
+def _unknown(tensors: _Tensors, model: PreTrainedModel) -> list[str]:
+    """Names in the files that nothing used, less those that transformers knows to be left over from old releases."""
+    harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"position_ids$"]
+    return [name for name in tensors.disk if name not in tensors.used
+            and not any(re.search(pattern, name) for pattern in harmless)]
+
+
+def _check_manifest(folder: Path, grids: dict[str, Grid], tensors: _Tensors) -> None:
+    """vlmq.json, where there is one, must say of every linear what config.json says."""
+    if not (folder / manifest.NAME).is_file():
+        return
+    listed = {}
+    for module, entry in manifest.read(folder).tensors.items():
+        if entry.stored != manifest.PACKED:
+            continue
+        name = tensors.memory.get(f"{module}.{compressed_tensors.PACKED}", module)
+        listed[name.removesuffix(f".{compressed_tensors.PACKED}")] = entry.grid
+    differing = sorted(name for name in listed.keys() | grids.keys() if listed.get(name) != grids.get(name))
+    if differing:
+        raise FormatError(f"{differing[0]}: {manifest.NAME} says {listed.get(differing[0])}, config.json "
+                          f"{grids.get(differing[0])}; export the model again")
+
+
+def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise FormatError(f"{folder}: {found[0]}{more} {what}; fetch or export the model again")

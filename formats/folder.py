@@ -1,0 +1,102 @@
+"""The folder that an export becomes: whole or not at all, with the files that stay as they were beside the weights."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmq.formats.errors import FormatError
+
+# What a reader needs beside the weights. Weights, pickles and Python code are never among them.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "preprocessor_config.json", "processor_config.json",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "LICENSE*", "NOTICE*",
+)
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final` to write in, renamed to `final` when the block ends well.
+
+    On any other end, Ctrl-C included, it is removed and nothing has appeared under the final name. FormatError when
+    `final` exists, or when its parent is missing or cannot be written.
+    """
+    final = Path(os.path.abspath(final))
+    if os.path.lexists(final):
+        raise FormatError(f"{final}: exists already; choose another --output or remove it")
+    if not final.parent.is_dir():
+        raise FormatError(f"{final.parent}: no such folder; create it or choose another --output")
+    stage = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+    try:
+        stage.mkdir()
+    except OSError as error:
+        raise FormatError(f"{final.parent}: cannot be written ({error.strerror}); choose another --output") from None
+    try:
+        yield stage
+        _to_disk(stage)
+        if os.path.lexists(final):          # made by someone else meanwhile: a rename would replace an empty folder
+            raise FormatError(f"{final}: appeared during the run; choose another --output")
+        stage.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FormatError(f"{final.parent}: {error.strerror}; free some or choose another --output") from None
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)        # gone already when all went well
+    _sync(final.parent)
+
+
+def copy_companions(source: Path, target: Path, quantization_config: Mapping | None = None) -> list[str]:
+    """Copy config.json (every value as it was, `quantization_config` added) and COMPANIONS; the names copied.
+
+    config.json is not read and written back by transformers, which drops and renames entries. FormatError where
+    it is absent, is no JSON object, or names a quantization already.
+    """
+    config = _read_config(source / "config.json")
+    if quantization_config is not None:
+        config["quantization_config"] = dict(quantization_config)
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    copied = ["config.json"]
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            name = path.relative_to(source)
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)        # the contents: a Hub cache holds links
+            copied.append(str(name))
+    return copied
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: absent; name the folder of a transformers model") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: not a JSON object; fetch it again")
+    if "quantization_config" in config:
+        raise FormatError(f"{path}: the model is quantized already; start from its 16-bit original")
+    return config
+
+
+def _to_disk(folder: Path) -> None:
+    """fsync every file and folder: after a power cut a renamed folder must not hold empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
