@@ -115,7 +115,8 @@ def export(
     with _bars(as_json) as progress:
         done = run_export(request, progress)
     if as_json:
-        _print_json({"folder": str(done.folder), "verdict": done.verdict and _verdict_json(done.verdict)})
+        verdict = done.verdict and _verdict_json(done.verdict)
+        _print_json({"folder": str(done.folder), "note": done.note, "verdict": verdict})
     else:
         from vlmq.formats.manifest import sizes
 
@@ -124,6 +125,8 @@ def export(
             f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller than fp16 "
             f"with scales ({found.bits_per_weight:.2f} bits per weight)"
         )
+        if done.note:
+            typer.echo(f"note: {done.note}")
     if done.verdict:
         _conclude(done.verdict, as_json)
 

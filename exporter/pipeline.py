@@ -54,11 +54,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Exported:
-    """The finished folder, what is in it, and whether it answers as the reference did (None: not asked)."""
+    """The finished folder, what is in it, and whether it answers as the reference did (None: not asked).
+
+    note: what a person must know who loads it with transformers' own reader.
+    """
 
     folder: Path
     manifest: manifest.Manifest
     verdict: Verdict | None
+    note: str | None
 
 
 def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported:
@@ -90,7 +94,8 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     if data.evaluation:
         verdict = verify(request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress)
         report.write(verdict, request.output)
-    return Exported(request.output, made, verdict)
+    note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids)
+    return Exported(request.output, made, verdict, note)
 
 
 def verify_folder(
