@@ -5,7 +5,7 @@ but played back from what their (quantized) blocks put out. So masks, positions 
 the text are the model's own code, and only one block's weights are in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
 from vlmq.exporter.images import open_image
-from vlmq.exporter.samples import Sample, prompt_of
+from vlmq.exporter.samples import IMAGE_MARK, Sample, prompt_of
 from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block
 
@@ -45,17 +46,23 @@ class Calibration:
 
     model: nn.Module
     batches: list[Inputs]
-    played: list[tuple[tuple[Block, ...], list[Tensor]]] = field(default_factory=list)
+    played: list[tuple[tuple[Block, ...], dict[int, Tensor]]] = field(default_factory=list)
 
     @torch.no_grad()
-    def calls(self, stage: tuple[Block, ...]) -> list[Call]:
-        """The arguments with which the model calls the first block of a stage, one `Call` a batch."""
-        first = self.model.get_submodule(stage[0].name)
-        return [self._catch(first, index) for index in range(len(self.batches))]
+    def calls(self, stage: tuple[Block, ...]) -> dict[int, Call]:
+        """The arguments with which the model calls the first block of a stage, by batch.
 
-    def finish(self, stage: tuple[Block, ...], calls: list[Call]) -> None:
+        Batches of text alone reach the language model and nothing before it.
+        """
+        first = self.model.get_submodule(stage[0].name)
+        reaching = [
+            index for index, batch in enumerate(self.batches) if "pixel_values" in batch or stage[0].component == "language"
+        ]
+        return {index: self._catch(first, index) for index in reaching}
+
+    def finish(self, stage: tuple[Block, ...], calls: dict[int, Call]) -> None:
         """Remember what a stage put out."""
-        self.played.append((stage, [call.hidden for call in calls]))
+        self.played.append((stage, {index: call.hidden for index, call in calls.items()}))
 
     def _catch(self, block: nn.Module, index: int) -> Call:
         caught: list[Call] = []
@@ -68,7 +75,8 @@ class Calibration:
         try:
             with ExitStack() as stubs:
                 for stage, outputs in self.played:
-                    stubs.enter_context(_playing(self.model, stage, outputs[index]))
+                    if index in outputs:
+                        stubs.enter_context(_playing(self.model, stage, outputs[index]))
                 self.model(**self.batches[index], use_cache=False)
         except _Reached:
             return caught[0]
@@ -103,12 +111,14 @@ def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family) -> list[Inputs]:
     """The model's inputs for samples (prompt and first answer), in batches of equal length, so that none is padded."""
-    prepared: dict[int, list[Inputs]] = {}
+    prepared: dict[tuple[int, bool], list[Inputs]] = {}
     for sample in samples:
+        if sample.image is None and IMAGE_MARK not in family.question:
+            raise VlmqError(f"{sample.id}: {family.name} reads no prompt without an image; leave text alone out")
         text = " ".join([prompt_of(sample, family), *sample.answers[:1]])
         image = None if sample.image is None else open_image(sample.image)
         inputs = dict(processor(images=image, text=text, return_tensors="pt"))
-        prepared.setdefault(inputs["input_ids"].shape[1], []).append(inputs)
+        prepared.setdefault((inputs["input_ids"].shape[1], image is None), []).append(inputs)
     return [
         {key: torch.cat([inputs[key] for inputs in same[start : start + BATCH]]) for key in same[0]}
         for _, same in sorted(prepared.items())
@@ -117,7 +127,7 @@ def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family
 
 
 @torch.no_grad()
-def gather(block: Block, model: nn.Module, calls: list[Call]) -> tuple[list[Statistics], Tensor]:
+def gather(block: Block, model: nn.Module, calls: Collection[Call]) -> tuple[list[Statistics], Tensor]:
     """Run a block on every batch: the statistics of each of its distinct inputs, and the first batch's output."""
     statistics = [Statistics.empty(entry.sites[0].columns) for entry in block.inputs]
     hooks = [

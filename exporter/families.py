@@ -131,7 +131,7 @@ def _blip2(config: PretrainedConfig) -> Family:
     text = config.text_config
     if text.model_type != "opt":
         raise VlmqError(f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt")
-    opt = OPT
+    opt: tuple[Reads, ...] = OPT
     if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:     # post-norm (opt-350m), or bare norms
         opt = loose(opt, "self_attn.q_proj", "fc1")
     if text.activation_function != "relu":
@@ -170,7 +170,7 @@ def _llava(config: PretrainedConfig) -> Family:
         )
     if vision.model_type != "clip_vision_model":
         raise VlmqError(f"vision_tower: LLaVA with {vision.model_type} is not supported; the supported tower is clip_vision_model")
-    llama = LLAMA
+    llama: tuple[Reads, ...] = LLAMA
     if text.num_key_value_heads != text.num_attention_heads:      # grouped queries: several rows of o read one row of v
         llama = loose(llama, "self_attn.o_proj")
     return Family(

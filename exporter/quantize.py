@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmq.exporter import folds
 from vlmq.exporter.calibration import Calibration, Call, gather
 from vlmq.exporter.checkpoint import Checkpoint, release
+from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.recipe import Assignment, Scheme
 from vlmq.exporter.statistics import Statistics
@@ -54,13 +55,16 @@ def quantize(
     if calibration:
         _fill_outside(checkpoint, model, walk)
     for stage in walk.stages:
-        calls = calibration.calls(stage) if calibration else []
+        calls = calibration.calls(stage) if calibration else {}
+        if calibration and not calls and any(site.name in assignment.schemes for block in stage for site in block.sites):
+            what = stage[0].component
+            raise VlmqError(f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16")
         for block in stage:
             progress("quantizing", done, count)
             module = model.get_submodule(block.name)
             checkpoint.fill(module, block.name)
-            yield _quantize_block(block, model, assignment.schemes, checkpoint, calls)
-            for call in calls:
+            yield _quantize_block(block, model, assignment.schemes, checkpoint, list(calls.values()))
+            for call in calls.values():
                 call.hidden = call.run(module)
             release(module)
             done += 1
@@ -115,7 +119,7 @@ def _rescale(
     rescale = METHODS[schemes[sites[0].name].method].rescale
     if rescale is None:
         return None
-    weights = [_rows(model.get_submodule(site.name).weight, schemes[site.name]) for site in sites]
+    weights = [_rows(model.get_parameter(f"{site.name}.weight"), schemes[site.name]) for site in sites]
     scale = rescale(weights, seen, [schemes[site.name].grid for site in sites], dtype[sites[0].name])
     return None if bool((scale == 1).all()) else scale
 
@@ -128,7 +132,7 @@ def _rows(weight: Tensor, scheme: Scheme) -> Tensor:
 def _solve(
     name: str, model: nn.Module, scheme: Scheme, seen: Statistics | None, dtype: torch.dtype, folded: bool
 ) -> Solved:
-    weight = model.get_submodule(name).weight
+    weight = model.get_parameter(f"{name}.weight")
     solve = METHODS[scheme.method].solve
     found: QuantizedWeight | Tensor
     if scheme.rows is None:

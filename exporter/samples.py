@@ -5,6 +5,7 @@ to make sure that none of those calibrated on is evaluated on.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,13 @@ def prompt_of(sample: Sample, templates: Templates) -> str:
     """The text that the family's processor is given.
 
     A `prompt` is a prompt already, unless the family marks the image's place and it does not: then it is a question.
+    Text alone has no image to mark.
     """
+    prompt = _with_image(sample, templates)
+    return prompt if sample.image is not None else re.sub(rf"{IMAGE_MARK}\n?", "", prompt)
+
+
+def _with_image(sample: Sample, templates: Templates) -> str:
     if sample.text is None:
         return templates.caption
     lacks_image = IMAGE_MARK in templates.question and IMAGE_MARK not in sample.text

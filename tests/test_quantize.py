@@ -5,9 +5,11 @@ from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.quantize import quantize
 from vlmq.exporter.recipe import make_recipe
+from vlmq.exporter.samples import Sample
 from vlmq.exporter.walk import walk
 from vlmq.kernels.grid import QuantizedWeight, to_grid
 
@@ -134,3 +136,14 @@ def test_the_same_input_gives_the_same_codes(tiny_folders, random_samples):
     for name, solved in once.items():
         assert torch.equal(solved.weight.codes, again[name].weight.codes)
         assert torch.equal(solved.weight.scale, again[name].weight.scale)
+
+
+def test_text_alone_calibrates_the_language_model_and_nothing_before_it(tiny_folders):
+    text = tuple(Sample(str(number), None, "question", "what is the colour?") for number in range(4))
+    kept = {"vision": {"bits": 16}, "connector": {"bits": 16}}
+    blocks, _ = run(tiny_folders["llava-llama"], "llava-llama", text, components=kept)
+    assert {block.block.component for block in blocks if block.sites} == {"language"}
+    with pytest.raises(VlmqError, match="no sample has an image, and the vision sees nothing else; pass --vision-bits 16"):
+        run(tiny_folders["llava-llama"], "llava-llama", text)
+    with pytest.raises(VlmqError, match="blip-2 reads no prompt without an image"):
+        run(tiny_folders["blip2-opt"], "blip2-opt", text, components=kept)

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,16 +118,20 @@ def test_the_demos_own_data_is_read_with_every_image_and_answer(tmp_path):
 
 
 def test_a_question_goes_into_the_familys_template():
-    sample = Sample("1", None, "question", "What is it?")
+    sample = Sample("1", Path("x.png"), "question", "What is it?")
     assert prompt_of(sample, BLIP2) == "Question: What is it? Answer:"
     assert prompt_of(sample, LLAVA) == "USER: <image>\nWhat is it? ASSISTANT:"
 
 
 def test_a_prompt_is_used_as_written_unless_the_family_needs_to_know_where_the_image_goes():
-    bare, marked = Sample("1", None, "prompt", "the cat is"), Sample("2", None, "prompt", "<image> the cat is")
+    bare, marked = Sample("1", Path("x.png"), "prompt", "the cat is"), Sample("2", Path("x.png"), "prompt", "<image> the cat is")
     assert prompt_of(bare, BLIP2) == "the cat is"
     assert prompt_of(bare, LLAVA) == "USER: <image>\nthe cat is ASSISTANT:"
     assert prompt_of(marked, LLAVA) == "<image> the cat is"
+
+
+def test_text_alone_marks_no_place_for_an_image():
+    assert prompt_of(Sample("1", None, "question", "what is it?"), LLAVA) == "USER: what is it? ASSISTANT:"
 
 
 def test_braces_in_a_question_are_only_text():

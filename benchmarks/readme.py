@@ -1,0 +1,107 @@
+"""Put the measured results into README.md, between its two marks: `python benchmarks/readme.py`.
+
+Only benchmarks/results/*.json is shown; nothing is typed by hand.
+"""
+
+import json
+from pathlib import Path
+
+import common
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- results -->\n", "<!-- /results -->"
+
+
+def results(name: str) -> tuple[dict, dict]:
+    found = json.loads((common.RESULTS / f"{name}.json").read_text())
+    return found["results"], found["machine"]
+
+
+def exports() -> str:
+    found, machine = results("exports")
+    lines = [
+        "## Results",
+        "",
+        "AWQ, 4 bits, groups of 64, vision encoder, connector and language model, fused qkv included; 2400 questions about 600 "
+        f"pictures that were neither trained nor calibrated on ({machine['processor']}, {machine['cores']} cores; "
+        "`python benchmarks/exports.py`).",
+        "",
+        "| | " + " | ".join(found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+
+    def row(label: str, cell) -> None:
+        lines.append(f"| {label} | " + " | ".join(cell(entry) for entry in found.values()) + " |")
+
+    def accuracy(kind: str):
+        def cell(entry: dict) -> str:
+            score = entry["verdict"]["accuracy"][kind]
+            change = score["difference"]
+            return (
+                f"{score['reference']:.2f} % → {score['export']:.2f} % "
+                f"({change['points']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f})"
+            )
+        return cell
+
+    def megabytes(size: float) -> str:
+        return f"{size / 1e6:.1f} MB"
+
+    def memory(entry: dict) -> str:
+        sides = [entry["verdict"][side]["memory"] for side in ("reference", "export")]
+        before, after = (side["loaded"] - side["imported"] for side in sides)
+        return f"{megabytes(before)} → {megabytes(after)}"
+
+    def disk(kind: str):
+        return lambda entry: (
+            f"{megabytes(entry['verdict']['reference']['disk']['safetensors'])} → "
+            f"{megabytes(entry['verdict']['export']['disk'][kind])}"
+        )
+
+    for kind in ("overall", "yes/no", "number", "other"):
+        row(f"accuracy, {kind}", accuracy(kind))
+    row("answers with the reference's tokens", lambda entry: f"{100 * entry['verdict']['token_agreement']:.1f} %")
+    row("quantized linears against fp16, scales counted", lambda entry: f"{entry['sizes']['linears_ratio']:.2f} x smaller")
+    row("whole safetensors file", disk("safetensors"))
+    row("whole ONNX folder", disk("onnx"))
+    row("memory of the loaded model, torch → onnxruntime", memory)
+    row("time per answer, torch fp32 → onnxruntime", lambda entry: " → ".join(
+        f"{1000 * entry['verdict'][side]['seconds_per_answer']:.1f} ms" for side in ("reference", "export")
+    ))
+    row("onnxruntime's tokens equal torch's, same weights",
+        lambda entry: f"{entry['tokens']['equal']} of {entry['tokens']['answers']}")
+    row("weights bit-identical in safetensors and ONNX",
+        lambda entry: f"{entry['weights']['bit_identical']} of {entry['weights']['safetensors']} linears")
+    row("the whole command", lambda entry: f"{entry['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def outliers() -> str:
+    found, _ = results("outliers")
+    lines = [
+        "A small model has no outlier channels; these variants were given some, as real language models have, and then trained on "
+        "for a while (*tuned*), or not (*rescaled*, where a method only has to undo what was done). 3 bits, groups of 64, "
+        "three seeds (`python benchmarks/outliers.py`):",
+        "",
+        "| model | variant | seed | reference | RTN | AWQ | AWQ - RTN, points (95 %) | KL, RTN | KL, AWQ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        change = row["awq_minus_rtn"]
+        lines.append(
+            f"| {row['model']} | {row['variant']} | {row['seed']} | {row['reference']:.1f} % | {row['rtn']['accuracy']:.1f} % | "
+            f"{row['awq']['accuracy']:.1f} % | {change['points']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f}) | "
+            f"{row['rtn']['divergence']:.3f} | {row['awq']['divergence']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    picture = "![Scenes, questions, and what the 16-bit and the 4-bit model answer](docs/answers.png)"
+    README.write_text(f"{before}{START}{exports()}\n\n{picture}\n\n{outliers()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
