@@ -1,0 +1,118 @@
+"""Answers from onnxruntime are the answers of PyTorch, and those are transformers' own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graphs import exported
+from pictures import pictures, prompts
+from tiny import VARIANTS, processor
+from transformers import AutoProcessor
+
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.runtime import OnnxVlm, TorchVlm
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def models(request):
+    """(variant, the graphs, packed linears, dense linears of the same weights)"""
+    made = exported(request.param)
+    assistant = AutoProcessor.from_pretrained(made.folder)
+    graphs = OnnxVlm(made.folder, threads=1)
+    return request.param, graphs, TorchVlm(made.packed, assistant), TorchVlm(made.dense, assistant)
+
+
+def test_onnxruntime_answers_with_the_tokens_of_the_fake_quantized_model(models):
+    variant, graphs, packed, dense = models
+    asked = pictures(), prompts(variant), STEPS
+    expected = dense.generate(*asked)
+    assert graphs.generate(*asked) == expected
+    assert packed.generate(*asked) == expected
+    assert len({tuple(answer.tokens) for answer in expected}) > 1       # they do depend on what is asked
+
+
+def test_an_answer_does_not_depend_on_what_shares_its_batch(models):
+    variant, graphs, packed, _ = models
+    together = graphs.generate(pictures(), prompts(variant), STEPS)
+    for answer, picture, prompt in zip(together, pictures(), prompts(variant), strict=True):
+        assert graphs.generate([picture], [prompt], STEPS) == [answer]
+        assert packed.generate([picture], [prompt], STEPS) == [answer]
+
+
+def test_image_features_and_logits_agree_to_float32_rounding(models):
+    variant, graphs, _, dense = models
+    np.testing.assert_allclose(graphs.image_features(pictures()), dense.image_features(pictures()).numpy(), atol=2e-5)
+    np.testing.assert_allclose(
+        graphs.next_logits(pictures(), prompts(variant)), dense.next_logits(pictures(), prompts(variant)), atol=2e-5)
+
+
+def test_logits_change_with_the_picture(models):
+    variant, graphs, _, _ = models
+    left = graphs.next_logits(pictures()[:1], prompts(variant)[:1])
+    right = graphs.next_logits(pictures()[1:2], prompts(variant)[:1])
+    assert np.abs(left - right).max() > 1e-3
+
+
+def test_pytorch_answers_with_the_tokens_of_transformers_generate(models):
+    """One picture at a time, with nothing of ours around it."""
+    variant, _, _, dense = models
+    answers = dense.generate(pictures(), prompts(variant), STEPS)
+    for answer, picture, prompt in zip(answers, pictures(), prompts(variant), strict=True):
+        inputs = processor(variant)(images=picture, text=prompt, return_tensors="pt")
+        with torch.no_grad():
+            tokens = dense.model.generate(**inputs, do_sample=False, max_new_tokens=STEPS)
+        new = tokens[0, inputs["input_ids"].shape[1]:].tolist()
+        assert answer.tokens == (new[:new.index(2)] if 2 in new else new)
+
+
+def test_an_answer_ends_before_the_end_of_sequence_token(models):
+    variant, graphs, packed, _ = models
+    asked = pictures(), prompts(variant), STEPS
+    whole = graphs.generate(*asked)
+    stop = whole[0].tokens[1]
+    for model in (graphs, packed):
+        before, model.stop = model.stop, {stop}
+        try:
+            answers = model.generate(*asked)
+        finally:
+            model.stop = before
+        for answer, full in zip(answers, whole, strict=True):
+            expected = full.tokens[: full.tokens.index(stop)] if stop in full.tokens else full.tokens
+            assert answer.tokens == expected
+
+
+def test_a_prompt_without_its_placeholder_is_refused():
+    graphs = OnnxVlm(exported("llava-llama").folder, threads=1)
+    with pytest.raises(VlmqError, match="placeholder"):
+        graphs.next_logits(pictures()[:1], ["no picture here"])
+
+
+def test_graphs_answer_the_same_in_a_process_without_pytorch():
+    """The processors of transformers have their own numpy path; nothing may pull PyTorch in behind our back."""
+    folder = exported("blip2-opt").folder
+    script = f"""
+from vlmq.exporter.runtime import OnnxVlm, without_torch
+without_torch()
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pictures import pictures, prompts
+answers = OnnxVlm(Path({str(folder)!r}), threads=1).generate(pictures(), prompts("blip2-opt"), {STEPS})
+assert sys.modules["torch"] is None
+print(json.dumps([answer.tokens for answer in answers]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    expected = OnnxVlm(folder, threads=1).generate(pictures(), prompts("blip2-opt"), STEPS)
+    assert json.loads(done.stdout) == [answer.tokens for answer in expected]
+    assert done.stderr == ""
+
+
+def test_a_folder_without_graphs_is_refused(tmp_path, tiny_folders):
+    with pytest.raises(VlmqError, match=r"no vision_encoder\*\.onnx"):
+        OnnxVlm(tiny_folders["llava-llama"])
