@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.data import demo_folder
 from vlmq.exporter.evaluation.answers import BATCH, answer_all, images_of
-from vlmq.exporter.runtime import Answer, TorchVlm
+from vlmq.exporter.runtime import Answer, TorchVlm, open_processor
 from vlmq.exporter.samples import Sample, prompt_of
 from vlmq.exporter.sources import read
 
@@ -58,7 +58,7 @@ def calibration(count: int, seed: int) -> tuple[Sample, ...]:
 
 
 def vlm(checkpoint: Checkpoint, model: PreTrainedModel) -> TorchVlm:
-    return TorchVlm(model, AutoProcessor.from_pretrained(checkpoint.folder), checkpoint.family)
+    return TorchVlm(model, open_processor(checkpoint.folder))
 
 
 def answers(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Answer]:

@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import common
 import torch
-from transformers import AutoProcessor
 
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.demo.catalog import CHECKPOINTS
+from vlmq.exporter.images import open_image
 from vlmq.exporter.load import load
 from vlmq.exporter.runtime import OnnxVlm
 from vlmq.exporter.samples import prompt_of
@@ -62,10 +62,7 @@ def gap(vlm, checkpoint, sample, one: list[int], two: list[int]) -> float:
     end = min(vlm.stop)
     first, second = [*one, end], [*two, end]
     place = next(place for place in range(len(first)) if first[place] != second[place])
-    processor = AutoProcessor.from_pretrained(checkpoint.folder)
-    from vlmq.exporter.images import open_image
-
-    inputs = processor(images=open_image(sample.image), text=prompt_of(sample, checkpoint.family), return_tensors="pt")
+    inputs = vlm.processor(images=open_image(sample.image), text=prompt_of(sample, checkpoint.family), return_tensors="pt")
     said = torch.tensor([first[:place]], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], said], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

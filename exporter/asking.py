@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.evaluation.measure import Engine, engine_of
+from vlmq.exporter.evaluation.measure import engine_of
 from vlmq.exporter.evaluation.worker import open_vlm
 from vlmq.exporter.families import family_of
 from vlmq.exporter.images import open_image

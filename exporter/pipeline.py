@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from torch import nn
-from transformers import AutoProcessor
 
 import vlmq
 from vlmq.exporter import data as datas
@@ -23,6 +22,7 @@ from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.quantize import QuantizedBlock, quantize
 from vlmq.exporter.recipe import Assignment, Recipe
+from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.walk import walk
 from vlmq.exporter.writing import Written, write_weights
@@ -116,8 +116,7 @@ def verify_folder(
 def _calibration(checkpoint: Checkpoint, model: nn.Module, samples: Samples | None) -> Calibration | None:
     if samples is None:
         return None
-    processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    return Calibration(model, prepare(samples.samples, processor, checkpoint.family))
+    return Calibration(model, prepare(samples.samples, open_processor(checkpoint.folder), checkpoint.family))
 
 
 def _write_safetensors(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
+Engine = Literal["torch", "onnx"]
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
 
@@ -42,11 +43,30 @@ def without_torch() -> None:
     sys.modules.setdefault("torch", None)       # type: ignore[arg-type]    # what makes `import torch` fail
 
 
+def open_processor(folder: Path) -> "ProcessorMixin":
+    """The tokenizer and image processor of a folder.
+
+    Always the PIL one: torchvision's resizes a little differently, and answers would depend on what is installed.
+    """
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+
+
+def open_vlm(folder: Path, engine: Engine) -> "OnnxVlm | TorchVlm":
+    """The model of an exported folder, or of any checkpoint, in the engine."""
+    if engine == "onnx":
+        return OnnxVlm(folder)
+    from vlmq.exporter.load import load
+
+    return TorchVlm(load(folder), open_processor(folder))
+
+
 class TorchVlm:
     """A transformers model and its processor."""
 
-    def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin", family: object = None) -> None:
-        self.model, self.processor, self.family = model.eval(), processor, family
+    def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
+        self.model, self.processor = model.eval(), processor
         processor.tokenizer.padding_side = "left"
         self.stop = _stop_tokens(
             getattr(model.generation_config, "eos_token_id", None),
@@ -96,9 +116,7 @@ class OnnxVlm:
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one operator; 0 lets onnxruntime choose."""
-        from transformers import AutoProcessor
-
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = open_processor(folder)
         self.processor.tokenizer.padding_side = "left"
         config = _json(folder / "config.json")
         self.image_token = config.get("image_token_id", config.get("image_token_index"))

@@ -2,13 +2,14 @@
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.load import load
 from vlmq.exporter.quantize import Solved, quantize
 from vlmq.exporter.recipe import Recipe
+from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import Sample
 from vlmq.exporter.walk import walk
 from vlmq.kernels.grid import QuantizedWeight
@@ -19,8 +20,7 @@ def simulate(checkpoint: Checkpoint, recipe: Recipe, samples: tuple[Sample, ...]
     """The model an export would hold, float32 and dense, and what became of each site."""
     model = checkpoint.skeleton()
     plan = walk(model, checkpoint.family)
-    processor = AutoProcessor.from_pretrained(checkpoint.folder)
-    calibration = Calibration(model, prepare(samples, processor, checkpoint.family))
+    calibration = Calibration(model, prepare(samples, open_processor(checkpoint.folder), checkpoint.family))
     simulated = load(checkpoint.folder)
     solved: dict[str, Solved] = {}
     for block in quantize(checkpoint, model, plan, recipe.assign(plan), calibration):

@@ -14,15 +14,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.answers import BATCH, MAX_NEW_TOKENS
+from vlmq.exporter.runtime import Engine
 from vlmq.exporter.samples import Sample
 
-Engine = Literal["torch", "onnx"]
 TIMED = 24      # samples answered one at a time
 PROBES = 32     # samples whose component outputs are kept
 

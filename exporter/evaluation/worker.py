@@ -7,50 +7,50 @@ WORK/outputs.npz, or WORK/refusal with one line for a person.
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
-import onnxruntime  # noqa: F401 - before the first measurement, for both engines alike
-import torch
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, PretrainedConfig
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.answers import answer_all, images_of
 from vlmq.exporter.evaluation.components import outputs_of
-from vlmq.exporter.evaluation.measure import Engine, Request
+from vlmq.exporter.evaluation.measure import Request
 from vlmq.exporter.evaluation.memory import forget_peak, peak, resident
-from vlmq.exporter.families import family_of
-from vlmq.exporter.load import load
-from vlmq.exporter.runtime import OnnxVlm, TorchVlm
+from vlmq.exporter.runtime import Engine, open_processor, open_vlm, without_torch
 from vlmq.exporter.samples import prompt_of
 from vlmq.formats.errors import FormatError
 
 
-def import_everything(folder: Path, config: PretrainedConfig) -> None:
-    """transformers imports a model's and a processor's code at their first use: that is not memory of the model."""
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    AutoProcessor.from_pretrained(folder)
-    gc.collect()
+def import_everything(folder: Path, engine: Engine) -> None:
+    """Import the engine, and what transformers imports at a first use: that is not memory of the model."""
+    from transformers import AutoConfig
 
-
-def open_vlm(folder: Path, engine: Engine) -> Any:
-    """The model of the folder in the engine."""
     if engine == "onnx":
-        return OnnxVlm(folder)
-    model = load(folder)
-    return TorchVlm(model, AutoProcessor.from_pretrained(folder), family_of(model.config))
+        import onnxruntime  # noqa: F401
+    else:
+        from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        import vlmq.exporter.load  # noqa: F401
+
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    open_processor(folder)
+    gc.collect()
 
 
 def work(request: Request, here: Path, said: TextIO) -> None:
     """Everything asked for, in the order in which it disturbs the measurements least."""
     folder = Path(request.folder)
-    config = AutoConfig.from_pretrained(folder)
-    family = family_of(config)
-    import_everything(folder, config)
+    import_everything(folder, request.engine)
+    from transformers import AutoConfig
+
+    from vlmq.exporter.families import family_of
+
+    family = family_of(AutoConfig.from_pretrained(folder))
     imported = resident()
     vlm = open_vlm(folder, request.engine)
     gc.collect()
@@ -78,17 +78,29 @@ def work(request: Request, here: Path, said: TextIO) -> None:
         "tokens": [list(answer.tokens) for answer in answers],
         "memory": {"imported": imported, "loaded": loaded, "peak": highest},
         "seconds_per_answer": statistics.median(seconds[2:]) if request.timed else None,
-        "threads": torch.get_num_threads(),
+        "threads": _threads(request.engine),
     }
     (here / "found.json").write_text(json.dumps(found))
 
 
+def _threads(engine: Engine) -> int:
+    """Those that one operator runs on."""
+    if engine == "onnx":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import torch
+
+    return torch.get_num_threads()
+
+
 def main() -> int:
     here = Path(sys.argv[1])
+    request = Request.read(here / "request.json")
+    if request.engine == "onnx":
+        without_torch()         # as where people deploy: the graphs need none of it
     said = sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr):        # what libraries print must not look like progress
-            work(Request.read(here / "request.json"), here, said)
+            work(request, here, said)
     except (VlmqError, FormatError) as fault:
         (here / "refusal").write_text(str(fault))
         return 2
