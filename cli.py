@@ -25,14 +25,23 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "blip2-mini"
 
 app = typer.Typer(
-    name="vlmq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="vlmq",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Export vision-language models to INT4/INT8 and prove that they still answer as the original did.",
 )
 
-Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a Hub id (user/name), or a demo: blip2-mini, llava-mini.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint's folder, a Hub id (user/name), or a demo: blip2-mini, llava-mini.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Data = Annotated[str | None, typer.Option(help="Samples to verify on: VQAv2 or COCO files, a .jsonl, a folder of images.")]
-MaxDrop = Annotated[float | None, typer.Option(help="Points of accuracy that may be lost; exit 1 beyond.  [default: 2 from 4 bits on]")]
+Data = Annotated[
+    str | None, typer.Option(help="Samples to verify on: VQAv2 or COCO files, a .jsonl, a folder of images.")
+]
+MaxDrop = Annotated[
+    float | None, typer.Option(help="Points of accuracy that may be lost; exit 1 beyond.  [default: 2 from 4 bits on]")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -40,16 +49,23 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags that make up a recipe; it gets the effective one as `recipe`."""
 
     def flags(
-        recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML); flags override it. See docs/recipes.md.")] = None,
-        method: Annotated[str | None, typer.Option(help="How weights are quantized: awq or rtn.  [default: awq]")] = None,
+        recipe: Annotated[
+            Path | None, typer.Option(help="A recipe file (YAML); flags override it. See docs/recipes.md.")
+        ] = None,
+        method: Annotated[
+            str | None, typer.Option(help="How weights are quantized: awq or rtn.  [default: awq]")
+        ] = None,
         bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8, or 16 to leave alone.  [default: 4]")] = None,
         group_size: Annotated[
             int | None, typer.Option(help="Columns that share a scale, 16 to 256, or -1 for the row.  [default: 128]")
         ] = None,
         symmetric: Annotated[
-            bool | None, typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  [default: symmetric]")
+            bool | None,
+            typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  [default: symmetric]"),
         ] = None,
-        qkv: Annotated[str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  [default: fused]")] = None,
+        qkv: Annotated[
+            str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  [default: fused]")
+        ] = None,
         vision_bits: Annotated[int | None, typer.Option(help="Bits of the vision encoder.")] = None,
         connector_bits: Annotated[int | None, typer.Option(help="Bits of the Q-Former or projector.")] = None,
         language_bits: Annotated[int | None, typer.Option(help="Bits of the language model.")] = None,
@@ -59,14 +75,20 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         **others: Any,
     ) -> None:
         made = _recipe(
-            recipe, {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "qkv": qkv},
-            {"vision": (vision_bits, vision_method), "connector": (connector_bits, connector_method),
-             "language": (language_bits, language_method)},
+            recipe,
+            {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "qkv": qkv},
+            {
+                "vision": (vision_bits, vision_method),
+                "connector": (connector_bits, connector_method),
+                "language": (language_bits, language_method),
+            },
         )
         command(recipe=made, **others)
 
     # typer reads signatures: the command's own parameters, with `recipe` replaced by the flags.
-    own = [parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "recipe"]
+    own = [
+        parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "recipe"
+    ]
     shared = [parameter for parameter in signature(flags).parameters.values() if parameter.name != "others"]
     parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*own[:2], *shared, *own[2:])]
     flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -86,18 +108,23 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def export(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.  [default: MODEL-METHOD-wBITS]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.  [default: MODEL-METHOD-wBITS]")
+    ] = None,
     format: Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")] = "both",
     accuracy_level: Annotated[
         Literal["0", "4"], typer.Option(help="onnxruntime's products: 0 in float32, 4 in int8 (faster, less exact).")
     ] = "0",
     calibration: Annotated[
-        str | None, typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  [default: the demo's; flickr30k]")
+        str | None,
+        typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  [default: the demo's; flickr30k]"),
     ] = None,
     samples: Annotated[int, typer.Option(help="How many samples to calibrate on.")] = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     text_only: Annotated[bool, typer.Option("--text-only", help="Allow samples without an image.")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
+    ] = True,
     data: Data = None,
     max_drop: MaxDrop = None,
     revision: Revision = None,
@@ -109,8 +136,19 @@ def export(
 
     name = output or Path(f"{Path(model).name}-{recipe.method}-w{recipe.bits}")
     request = Request(
-        model=model, output=name, recipe=recipe, revision=revision, formats=format, accuracy_level=int(accuracy_level),
-        calibration=calibration, samples=samples, seed=seed, text_only=text_only, verify=verify, data=data, max_drop=max_drop,
+        model=model,
+        output=name,
+        recipe=recipe,
+        revision=revision,
+        formats=format,
+        accuracy_level=int(accuracy_level),
+        calibration=calibration,
+        samples=samples,
+        seed=seed,
+        text_only=text_only,
+        verify=verify,
+        data=data,
+        max_drop=max_drop,
     )
     with _bars(as_json) as progress:
         done = run_export(request, progress)
@@ -122,8 +160,8 @@ def export(
 
         found = sizes(done.manifest)
         typer.echo(
-            f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller than fp16 "
-            f"with scales ({found.bits_per_weight:.2f} bits per weight)"
+            f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller "
+            f"than fp16 with scales ({found.bits_per_weight:.2f} bits per weight)"
         )
         if done.note:
             typer.echo(f"note: {done.note}")
@@ -154,9 +192,13 @@ def run(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
     image: Annotated[Path, typer.Option(help="The picture.")],
     prompt: Annotated[str | None, typer.Option(help="A question about it; without one, it is described.")] = None,
-    engine: Annotated[Literal["onnx", "torch"] | None, typer.Option(help="[default: onnx where the folder has it]")] = None,
+    engine: Annotated[
+        Literal["onnx", "torch"] | None, typer.Option(help="[default: onnx where the folder has it]")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 30,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the family's template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give the prompt as it is, without the family's template.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask an exported model about a picture."""
@@ -189,9 +231,7 @@ def inspect(
         _print_tree(found)
 
 
-def _recipe(
-    file: Path | None, flags: dict[str, Any], components: dict[str, tuple[int | None, str | None]]
-) -> "Recipe":
+def _recipe(file: Path | None, flags: dict[str, Any], components: dict[str, tuple[int | None, str | None]]) -> "Recipe":
     """Flags laid over the recipe file, if there is one."""
     from vlmq.exporter.recipe import make_recipe, read_recipe
 
@@ -231,7 +271,11 @@ def _print_table(verdict: "Verdict") -> None:
 
     from vlmq.exporter.evaluation.report import rows
 
-    title = f"{verdict.samples} questions about {verdict.images} images" if verdict.accuracy else f"{verdict.samples} prompts"
+    title = (
+        f"{verdict.samples} questions about {verdict.images} images"
+        if verdict.accuracy
+        else f"{verdict.samples} prompts"
+    )
     table = Table(title=title, caption="differences: points, with a 95 % interval over images", title_justify="left")
     table.add_column("")
     for heading in ("reference", "export", "difference"):
@@ -252,7 +296,8 @@ def _print_tree(found: "Inspection") -> None:
         return f"{before / 1e6:,.2f} MB -> {after / 1e6:,.2f} MB"
 
     tree = Tree(
-        f"[bold]{found.model}[/] ({found.family}): {found.parameters / 1e6:,.1f} M parameters, {megabytes(found.before, found.after)}"
+        f"[bold]{found.model}[/] ({found.family}): {found.parameters / 1e6:,.1f} M parameters, "
+        f"{megabytes(found.before, found.after)}"
     )
     for component, blocks in found.components.items():
         total = megabytes(sum(entry.before for entry in blocks), sum(entry.after for entry in blocks))
@@ -289,7 +334,13 @@ def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 

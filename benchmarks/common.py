@@ -24,10 +24,18 @@ LIBRARIES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
 
 def machine() -> dict[str, object]:
     """Processor, cores and library versions: what a figure depends on."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     found = {}
     for name in LIBRARIES:
         try:
@@ -35,8 +43,12 @@ def machine() -> dict[str, object]:
         except ModuleNotFoundError:
             continue
     return {
-        "processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
-        "python": platform.python_version(), "libraries": found,
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "libraries": found,
     }
 
 
@@ -68,13 +80,17 @@ def answers(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) 
 def first_logits(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) -> np.ndarray:
     """(n, vocabulary) float64: the logits of each answer's first token."""
     batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-    return np.concatenate([
-        asked.next_logits(images_of(batch), [prompt_of(sample, checkpoint.family) for sample in batch]) for batch in batches
-    ]).astype(np.float64)
+    return np.concatenate(
+        [
+            asked.next_logits(images_of(batch), [prompt_of(sample, checkpoint.family) for sample in batch])
+            for batch in batches
+        ]
+    ).astype(np.float64)
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence, in nats, of the softmax of `logits` from that of `reference`."""
+
     def log_softmax(values: np.ndarray) -> np.ndarray:
         shifted = values - values.max(-1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

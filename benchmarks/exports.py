@@ -29,7 +29,7 @@ from vlmq.formats.onnx_weights import read_weights
 from vlmq.kernels.linear import QuantizedLinear
 
 FLAGS = ("--method", "awq", "--bits", "4", "--group-size", "64")
-TIE = 1e-4      # logits this close are a tie, which either engine may break
+TIE = 1e-4  # logits this close are a tie, which either engine may break
 
 
 def export(name: str, folder: Path) -> dict:
@@ -54,15 +54,22 @@ def compare_tokens(name: str, folder: Path) -> dict:
         for sample, one, two in zip(samples, expected, found, strict=True)
         if one.tokens != two.tokens
     ]
-    return {"answers": len(samples), "equal": len(samples) - len(gaps), "gaps": gaps, "ties": sum(gap <= TIE for gap in gaps)}
+    return {
+        "answers": len(samples),
+        "equal": len(samples) - len(gaps),
+        "gaps": gaps,
+        "ties": sum(gap <= TIE for gap in gaps),
+    }
 
 
 def gap(vlm, checkpoint, sample, one: list[int], two: list[int]) -> float:
-    """How far apart torch's logits are for the first token in which two answers differ; the end of one is a token too."""
+    """How far apart torch's logits are for the first token in which two answers differ; an answer's end is a token."""
     end = min(vlm.stop)
     first, second = [*one, end], [*two, end]
     place = next(place for place in range(len(first)) if first[place] != second[place])
-    inputs = vlm.processor(images=open_image(sample.image), text=prompt_of(sample, checkpoint.family), return_tensors="pt")
+    inputs = vlm.processor(
+        images=open_image(sample.image), text=prompt_of(sample, checkpoint.family), return_tensors="pt"
+    )
     said = torch.tensor([first[:place]], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], said], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -73,9 +80,15 @@ def gap(vlm, checkpoint, sample, one: list[int], two: list[int]) -> float:
 
 def compare_weights(folder: Path) -> dict:
     """The dequantized weights of the graphs against those of the safetensors."""
-    packed = {name: module.quantized() for name, module in load(folder).named_modules() if isinstance(module, QuantizedLinear)}
+    packed = {
+        name: module.quantized() for name, module in load(folder).named_modules() if isinstance(module, QuantizedLinear)
+    }
     graphs = {name: weight for file in (folder / "onnx").glob("*.onnx") for name, weight in read_weights(file).items()}
-    same = [name for name, weight in packed.items() if name in graphs and torch.equal(weight.dequantize(), graphs[name].dequantize())]
+    same = [
+        name
+        for name, weight in packed.items()
+        if name in graphs and torch.equal(weight.dequantize(), graphs[name].dequantize())
+    ]
     return {"safetensors": len(packed), "onnx": len(graphs), "bit_identical": len(same)}
 
 
@@ -90,7 +103,9 @@ def main() -> None:
             results[name] = {
                 **done,
                 "sizes": {
-                    "linears_ratio": sizes.linears_ratio, "files_ratio": sizes.files_ratio, "bits_per_weight": sizes.bits_per_weight
+                    "linears_ratio": sizes.linears_ratio,
+                    "files_ratio": sizes.files_ratio,
+                    "bits_per_weight": sizes.bits_per_weight,
                 },
                 "tokens": compare_tokens(name, folder),
                 "weights": compare_weights(folder),
@@ -100,8 +115,9 @@ def main() -> None:
             print(
                 f"{name}: {score['reference']:.2f} % -> {score['export']:.2f} % "
                 f"({score['difference']['low']:+.2f} to {score['difference']['high']:+.2f}), quantized linears "
-                f"{sizes.linears_ratio:.2f} x smaller than fp16, file {sizes.files_ratio:.2f} x, onnxruntime's tokens equal "
-                f"for {found['tokens']['equal']} of {found['tokens']['answers']} (others' gaps: {found['tokens']['gaps']}), "
+                f"{sizes.linears_ratio:.2f} x smaller than fp16, file {sizes.files_ratio:.2f} x, onnxruntime's tokens "
+                f"equal for {found['tokens']['equal']} of {found['tokens']['answers']} "
+                f"(others' gaps: {found['tokens']['gaps']}), "
                 f"weights bit-identical for {found['weights']['bit_identical']} of {found['weights']['safetensors']}, "
                 f"{found['seconds']:.0f} s"
             )

@@ -27,7 +27,7 @@ from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.simulate import simulate
 
 METHODS = ("rtn", "awq")
-PROBES = 600        # questions whose logits are compared
+PROBES = 600  # questions whose logits are compared
 GROUP = 64
 SAMPLES = 128
 
@@ -77,9 +77,16 @@ def main() -> None:
                         rows.append({"model": name, "variant": variant, "seed": seed, "bits": bits, **row})
                         rtn, awq, change = row["rtn"], row["awq"], row["awq_minus_rtn"]
                         table.add_row(
-                            name, variant, str(seed), str(bits), f"{row['reference']:.2f}", f"{rtn['accuracy']:.2f}",
-                            f"{awq['accuracy']:.2f}", f"{change['points']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
-                            f"{rtn['divergence']:.4f}", f"{awq['divergence']:.4f}",
+                            name,
+                            variant,
+                            str(seed),
+                            str(bits),
+                            f"{row['reference']:.2f}",
+                            f"{rtn['accuracy']:.2f}",
+                            f"{awq['accuracy']:.2f}",
+                            f"{change['points']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+                            f"{rtn['divergence']:.4f}",
+                            f"{awq['divergence']:.4f}",
                         )
     Console(width=130).print(table)
     print(common.write("outliers", "python benchmarks/outliers.py", rows))

@@ -1,6 +1,6 @@
 """The README's picture: scenes of the demo with a question each, and what reference and export answer.
 
-    python benchmarks/picture.py blip2-mini-awq-w4 docs/answers.png
+python benchmarks/picture.py blip2-mini-awq-w4 docs/answers.png
 """
 
 import argparse
@@ -15,7 +15,7 @@ from vlmq.exporter.load import load
 from vlmq.exporter.runtime import OnnxVlm
 from vlmq.formats import manifest
 
-EVERY = 411     # takes questions of all kinds, none chosen
+EVERY = 411  # takes questions of all kinds, none chosen
 
 
 def main() -> None:

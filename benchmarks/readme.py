@@ -41,6 +41,7 @@ def exports() -> str:
                 f"{score['reference']:.2f} % → {score['export']:.2f} % "
                 f"({change['points']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f})"
             )
+
         return cell
 
     def megabytes(size: float) -> str:
@@ -60,17 +61,27 @@ def exports() -> str:
     for kind in ("overall", "yes/no", "number", "other"):
         row(f"accuracy, {kind}", accuracy(kind))
     row("answers with the reference's tokens", lambda entry: f"{100 * entry['verdict']['token_agreement']:.1f} %")
-    row("quantized linears against fp16, scales counted", lambda entry: f"{entry['sizes']['linears_ratio']:.2f} x smaller")
+    row(
+        "quantized linears against fp16, scales counted",
+        lambda entry: f"{entry['sizes']['linears_ratio']:.2f} x smaller",
+    )
     row("whole safetensors file", disk("safetensors"))
     row("whole ONNX folder", disk("onnx"))
     row("memory of the loaded model, torch → onnxruntime", memory)
-    row("time per answer, torch fp32 → onnxruntime", lambda entry: " → ".join(
-        f"{1000 * entry['verdict'][side]['seconds_per_answer']:.1f} ms" for side in ("reference", "export")
-    ))
-    row("onnxruntime's tokens equal torch's, same weights",
-        lambda entry: f"{entry['tokens']['equal']} of {entry['tokens']['answers']}")
-    row("weights bit-identical in safetensors and ONNX",
-        lambda entry: f"{entry['weights']['bit_identical']} of {entry['weights']['safetensors']} linears")
+    row(
+        "time per answer, torch fp32 → onnxruntime",
+        lambda entry: " → ".join(
+            f"{1000 * entry['verdict'][side]['seconds_per_answer']:.1f} ms" for side in ("reference", "export")
+        ),
+    )
+    row(
+        "onnxruntime's tokens equal torch's, same weights",
+        lambda entry: f"{entry['tokens']['equal']} of {entry['tokens']['answers']}",
+    )
+    row(
+        "weights bit-identical in safetensors and ONNX",
+        lambda entry: f"{entry['weights']['bit_identical']} of {entry['weights']['safetensors']} linears",
+    )
     row("the whole command", lambda entry: f"{entry['seconds']:.0f} s")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Asking a model in a folder about one picture: what `vlmq run` does, for Python too.
 
-    from vlmq.exporter.asking import ask
-    print(ask("blip2-mini-awq-w4", "cat.png", "what is it?").text)
+from vlmq.exporter.asking import ask
+print(ask("blip2-mini-awq-w4", "cat.png", "what is it?").text)
 """
 
 from pathlib import Path
@@ -9,17 +9,19 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.evaluation.measure import engine_of
-from vlmq.exporter.evaluation.worker import open_vlm
 from vlmq.exporter.families import family_of
 from vlmq.exporter.images import open_image
-from vlmq.exporter.runtime import Answer
+from vlmq.exporter.runtime import Answer, Engine, engine_of, open_vlm
 from vlmq.exporter.samples import Sample, prompt_of
 
 
 def ask(
-    folder: str | Path, image: str | Path, prompt: str | None = None, engine: Engine | None = None,
-    max_new_tokens: int = 30, raw: bool = False,
+    folder: str | Path,
+    image: str | Path,
+    prompt: str | None = None,
+    engine: Engine | None = None,
+    max_new_tokens: int = 30,
+    raw: bool = False,
 ) -> Answer:
     """The greedy answer to a question about a picture (its description without one).
 

@@ -21,7 +21,7 @@ from vlmq.exporter.samples import IMAGE_MARK, Sample, prompt_of
 from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block
 
-BATCH = 16      # samples of equal length that run together
+BATCH = 16  # samples of equal length that run together
 
 Inputs = dict[str, Tensor]
 
@@ -56,7 +56,9 @@ class Calibration:
         """
         first = self.model.get_submodule(stage[0].name)
         reaching = [
-            index for index, batch in enumerate(self.batches) if "pixel_values" in batch or stage[0].component == "language"
+            index
+            for index, batch in enumerate(self.batches)
+            if "pixel_values" in batch or stage[0].component == "language"
         ]
         return {index: self._catch(first, index) for index in reaching}
 
@@ -85,7 +87,7 @@ class Calibration:
         raise RuntimeError("the model's forward never reached the block; its architecture table is wrong")
 
 
-class _Reached(Exception):      # noqa: N818 - not a fault: it ends a forward that has done its work
+class _Reached(Exception):  # noqa: N818 - not a fault: it ends a forward that has done its work
     """The forward has come to the block whose inputs are wanted."""
 
 
@@ -97,7 +99,7 @@ def _playing(model: nn.Module, stage: tuple[Block, ...], output: Tensor) -> Iter
     parent = model.get_submodule(path)
     blocks = list(parent) if isinstance(parent, nn.ModuleList) else [last]
     for block in blocks:
-        block.forward = (lambda *args, **kwargs: output) if block is last else _hand_on      # type: ignore[method-assign]
+        block.forward = (lambda *args, **kwargs: output) if block is last else _hand_on  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -108,7 +108,9 @@ def open_checkpoint(name: str, revision: str | None = None, weights: bool = True
         names = memory_names(on_disk, skeleton(config))
     except ValueError as error:
         raise VlmqError(f"{folder}: {error}") from error
-    return Checkpoint(name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()})
+    return Checkpoint(
+        name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()}
+    )
 
 
 def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -119,7 +121,8 @@ def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | N
         return folder, None
     if folder.exists():
         raise VlmqError(f"{name}: is a file; name the checkpoint's folder")
-    missing = f"{name}: no such folder and no such Hub model; name a folder, a Hub id (user/name) or a demo ({', '.join(CHECKPOINTS)})"
+    demos = ", ".join(CHECKPOINTS)
+    missing = f"{name}: no such folder and no such Hub model; name a folder, a Hub id (user/name) or a demo ({demos})"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise VlmqError(missing)
     try:
@@ -129,7 +132,7 @@ def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | N
         raise VlmqError(missing) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise VlmqError(f"{name}: not a folder here, and the Hub cannot be reached; pass a local folder") from error
-    return found, found.name       # a snapshot's folder is named after its commit
+    return found, found.name  # a snapshot's folder is named after its commit
 
 
 def _config(folder: Path) -> PretrainedConfig:
@@ -163,7 +166,9 @@ def _headers(folder: Path) -> dict[str, Path]:
     if not files:
         pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
         if pickles:
-            raise VlmqError(f"{folder}: only a pickle ({pickles[0]}), which could run code; convert it to safetensors first")
+            raise VlmqError(
+                f"{folder}: only a pickle ({pickles[0]}), which could run code; convert it to safetensors first"
+            )
         raise VlmqError(f"{folder}: has no {SINGLE}; name the folder of a safetensors checkpoint")
     on_disk = {}
     for file in files:
@@ -173,4 +178,3 @@ def _headers(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise VlmqError(f"{file}: not a whole safetensors file ({error}); get it again") from error
     return on_disk
-

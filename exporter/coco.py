@@ -65,8 +65,10 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Sample]:
         notes = {note.question_id: note for note in content.annotations}
     orphans = notes.keys() - {question.question_id for question in asked.questions}
     if orphans:
-        raise VlmqError(f"{annotations}: answers to question {min(map(str, orphans))}, not in {questions.name}; "
-                        "use the two files of one split")
+        raise VlmqError(
+            f"{annotations}: answers to question {min(map(str, orphans))}, not in {questions.name}; "
+            "use the two files of one split"
+        )
     find = _Finder(questions, asked.data_subtype)
     return [_question(question, notes.get(question.question_id), find) for question in asked.questions]
 

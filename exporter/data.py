@@ -18,8 +18,8 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.samples import COUNT, Sample, Samples, image_digests, refuse_leakage
 from vlmq.formats import folder as folders
 
-DEMO = "demo"           # names the demo's own sets, whatever the model
-HELD_OUT = 64           # samples for verification where no data set is named
+DEMO = "demo"  # names the demo's own sets, whatever the model
+HELD_OUT = 64  # samples for verification where no data set is named
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,13 @@ class Data:
 
 
 def choose(
-    checkpoint: Checkpoint, calibration: str | None, evaluation: str | None, count: int = COUNT, seed: int = 0,
-    text_only: bool = False, verify: bool = True,
+    checkpoint: Checkpoint,
+    calibration: str | None,
+    evaluation: str | None,
+    count: int = COUNT,
+    seed: int = 0,
+    text_only: bool = False,
+    verify: bool = True,
 ) -> Data:
     """Read both sets; VlmqError for one that cannot be read, has too few samples, or shares an image with the other.
 
@@ -87,7 +92,7 @@ def demo_folder(split: str) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        cache = Path(mkdtemp(prefix="vlmq-demo-"))      # a home that cannot be written to, as in some containers
+        cache = Path(mkdtemp(prefix="vlmq-demo-"))  # a home that cannot be written to, as in some containers
     final = cache / split
     if not final.is_dir():
         with folders.staged(final) as stage:

@@ -41,8 +41,8 @@ class Stage:
     path: str
     reads: tuple[Reads, ...]
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    single: bool = False        # the module at `path` is one block, not a list of them
-    live: Callable[[PretrainedConfig], int] | None = None       # how many blocks run; None: all
+    single: bool = False  # the module at `path` is one block, not a list of them
+    live: Callable[[PretrainedConfig], int] | None = None  # how many blocks run; None: all
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Family:
 
     name: str
     stages: tuple[Stage, ...]
-    kept: dict[str, str]            # module name -> reason
-    question: str                   # prompt for a question
-    caption: str                    # prompt for a caption
+    kept: dict[str, str]  # module name -> reason
+    question: str  # prompt for a question
+    caption: str  # prompt for a caption
 
 
 def attention(linears: str, after: str | None = None, part: str | None = None) -> Reads:
@@ -101,7 +101,7 @@ OPT = (
     attention("self_attn.{q,k,v}_proj", after="self_attn_layer_norm"),
     attention("self_attn.out_proj", after="self_attn.v_proj"),
     feedforward("fc1", after="final_layer_norm"),
-    feedforward("fc2", after="fc1"),        # ReLU commutes with a positive scale
+    feedforward("fc2", after="fc1"),  # ReLU commutes with a positive scale
 )
 
 CLIP = (
@@ -118,7 +118,7 @@ LLAMA = (
     attention("self_attn.{q,k,v}_proj", after="input_layernorm"),
     attention("self_attn.o_proj", after="self_attn.v_proj"),
     feedforward("mlp.{gate,up}_proj", after="post_attention_layernorm"),
-    feedforward("mlp.down_proj", after="mlp.up_proj"),      # gate(x) * up(x): linear in up
+    feedforward("mlp.down_proj", after="mlp.up_proj"),  # gate(x) * up(x): linear in up
 )
 
 
@@ -130,9 +130,11 @@ def loose(reads: tuple[Reads, ...], *linears: str) -> tuple[Reads, ...]:
 def _blip2(config: PretrainedConfig) -> Family:
     text = config.text_config
     if text.model_type != "opt":
-        raise VlmqError(f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt")
+        raise VlmqError(
+            f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt"
+        )
     opt: tuple[Reads, ...] = OPT
-    if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:     # post-norm (opt-350m), or bare norms
+    if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:  # post-norm (opt-350m), or bare norms
         opt = loose(opt, "self_attn.q_proj", "fc1")
     if text.activation_function != "relu":
         opt = loose(opt, "fc2")
@@ -145,7 +147,9 @@ def _blip2(config: PretrainedConfig) -> Family:
             Stage("language", "language_model.model.decoder.layers", opt),
         ),
         kept={
-            "language_model.lm_head": "output head, tied to the token embedding" if text.tie_word_embeddings else "output head",
+            "language_model.lm_head": "output head, tied to the token embedding"
+            if text.tie_word_embeddings
+            else "output head",
             "language_model.model.decoder.project_in": "width change of the token embedding",
             "language_model.model.decoder.project_out": "width change before the output head",
         },
@@ -165,13 +169,13 @@ def _read_vision_layers(config: PretrainedConfig) -> int:
 def _llava(config: PretrainedConfig) -> Family:
     text, vision = config.text_config, config.vision_config
     if text.model_type not in ("llama", "mistral", "qwen2"):
-        raise VlmqError(
-            f"language_model: LLaVA with {text.model_type} is not supported; supported text models are llama, mistral, qwen2"
-        )
+        raise VlmqError(f"language_model: LLaVA with {text.model_type} is not supported; use llama, mistral or qwen2")
     if vision.model_type != "clip_vision_model":
-        raise VlmqError(f"vision_tower: LLaVA with {vision.model_type} is not supported; the supported tower is clip_vision_model")
+        raise VlmqError(
+            f"vision_tower: LLaVA with {vision.model_type} is not supported; the supported tower is clip_vision_model"
+        )
     llama: tuple[Reads, ...] = LLAMA
-    if text.num_key_value_heads != text.num_attention_heads:      # grouped queries: several rows of o read one row of v
+    if text.num_key_value_heads != text.num_attention_heads:  # grouped queries: several rows of o read one row of v
         llama = loose(llama, "self_attn.o_proj")
     return Family(
         name="llava",

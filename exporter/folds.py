@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.walk import Input
 
-TOLERANCE = 1e-5        # relative error of a block's output, float32
+TOLERANCE = 1e-5  # relative error of a block's output, float32
 
 
 @torch.no_grad()
@@ -32,5 +32,7 @@ def fold(entry: Input, scale: Tensor, model: nn.Module) -> None:
 def check(block: str, before: Tensor, after: Tensor) -> None:
     """Refuse a fold that changed a block's output by more than TOLERANCE relative to its size."""
     error = ((after - before).norm() / before.norm().clamp(min=1e-30)).item()
-    if not error <= TOLERANCE:      # a NaN is refused too
-        raise VlmqError(f"{block}: folding changed its output by {error:.1e} of its size; report this, or use --method rtn")
+    if not error <= TOLERANCE:  # a NaN is refused too
+        raise VlmqError(
+            f"{block}: folding changed its output by {error:.1e} of its size; report this, or use --method rtn"
+        )

@@ -28,8 +28,10 @@ def read_hub(source: str, count: int, seed: int) -> Samples:
     try:
         import datasets
     except ImportError:
-        raise VlmqError(f"{source}: no such file or folder, and a data set of the Hub needs another package; "
-                        f"`pip install 'vlmq[datasets]'`, or {REMEDY}") from None
+        raise VlmqError(
+            f"{source}: no such file or folder, and a data set of the Hub needs another package; "
+            f"`pip install 'vlmq[datasets]'`, or {REMEDY}"
+        ) from None
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -39,7 +41,7 @@ def read_hub(source: str, count: int, seed: int) -> Samples:
         splits = datasets.get_dataset_split_names(name, revision=pinned)
         split = next((split for split in SPLITS if split in splits), splits[0])
         rows = list(datasets.load_dataset(name, revision=pinned, split=split, streaming=True).take(WINDOW))
-    except (OSError, HfHubHTTPError, ValueError, RuntimeError) as fault:     # offline, unknown, gated, or by a script
+    except (OSError, HfHubHTTPError, ValueError, RuntimeError) as fault:  # offline, unknown, gated, or by a script
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise VlmqError(f"{source}: cannot be fetched from the Hub ({reason}); {REMEDY}") from None
     chosen = draw((_sample_of(source, number, row) for number, row in enumerate(rows)), count, seed)

@@ -33,7 +33,7 @@ def open_image(path: Path) -> Image.Image:
         raise VlmqError(f"{path}: not an image that PIL can read; replace or remove it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise VlmqError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale the image down") from None
-    except (OSError, SyntaxError, ValueError) as fault:     # what PIL's decoders raise for cut or garbled files
+    except (OSError, SyntaxError, ValueError) as fault:  # what PIL's decoders raise for cut or garbled files
         raise VlmqError(f"{path}: damaged image ({_one_line(fault)}); replace or remove it") from None
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of and what a recipe would do to it, from a configuration alone: nothing is calibrated or read."""
+"""What a model is made of and what a recipe would do to it, from its configuration: nothing is calibrated or read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Inspection:
     components: dict[str, tuple[Blocks, ...]]
     kept: dict[str, str]
     parameters: int
-    elsewhere: int          # bytes of embeddings, norms, biases, heads
+    elsewhere: int  # bytes of embeddings, norms, biases, heads
 
     @property
     def before(self) -> int:
@@ -78,9 +78,8 @@ def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspecti
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     in_blocks = sum(site.rows * site.columns for site in plan.sites)
     components = {
-        component: tuple(_grouped(
-            [block for block in plan.blocks if block.component == component], assignment, width
-        )) for component in COMPONENTS
+        component: tuple(_grouped([block for block in plan.blocks if block.component == component], assignment, width))
+        for component in COMPONENTS
     }
     return Inspection(
         model, checkpoint.family.name, components, plan.kept, parameters, (parameters - in_blocks) * width

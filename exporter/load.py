@@ -38,13 +38,14 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return _load_plain(folder, dtype)
-    del config.quantization_config          # or the model would call itself quantized by transformers' own reader
+    del config.quantization_config  # or the model would call itself quantized by transformers' own reader
     return _load_packed(folder, config, quantization, dtype)
 
 
 def _load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
     model, info = loaded
     _refuse(folder, "absent", info["missing_keys"])
     _refuse(folder, "not part of the model", info["unexpected_keys"])
@@ -90,13 +91,18 @@ class _Tensors:
 
 
 def _quantized(name: str, grid: Grid, linear: nn.Module, tensors: _Tensors) -> QuantizedLinear:
-    parts = {f"{name}.{part}": tensors[f"{name}.{part}"] for part in compressed_tensors.PARTS
-             if f"{name}.{part}" in tensors.disk}
+    parts = {
+        f"{name}.{part}": tensors[f"{name}.{part}"]
+        for part in compressed_tensors.PARTS
+        if f"{name}.{part}" in tensors.disk
+    }
     weight = compressed_tensors.unpack(name, parts, grid)
     assert isinstance(linear, nn.Linear)
     if weight.shape != linear.weight.shape:
-        raise FormatError(f"{name}: packed as {tuple(weight.shape)} where config.json describes "
-                          f"{tuple(linear.weight.shape)}; export the model again")
+        raise FormatError(
+            f"{name}: packed as {tuple(weight.shape)} where config.json describes "
+            f"{tuple(linear.weight.shape)}; export the model again"
+        )
     bias = None
     if linear.bias is not None:
         if f"{name}.bias" not in tensors.disk:
@@ -113,8 +119,10 @@ def _dense(folder: Path, dense: dict[str, Tensor], tensors: _Tensors) -> dict[st
             continue
         tensor = tensors[name]
         if tensor.shape != expected.shape:
-            raise FormatError(f"{folder}: {name} has shape {tuple(tensor.shape)} where config.json describes "
-                              f"{tuple(expected.shape)}; export the model again")
+            raise FormatError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)} where config.json describes "
+                f"{tuple(expected.shape)}; export the model again"
+            )
         state[name] = tensor.to(expected.dtype)
     return state
 
@@ -122,8 +130,11 @@ def _dense(folder: Path, dense: dict[str, Tensor], tensors: _Tensors) -> dict[st
 def _unknown(tensors: _Tensors, model: PreTrainedModel) -> list[str]:
     """Names in the files that nothing used, less those that transformers knows to be left over from old releases."""
     harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"position_ids$"]
-    return [name for name in tensors.disk if name not in tensors.used
-            and not any(re.search(pattern, name) for pattern in harmless)]
+    return [
+        name
+        for name in tensors.disk
+        if name not in tensors.used and not any(re.search(pattern, name) for pattern in harmless)
+    ]
 
 
 def _check_manifest(folder: Path, grids: dict[str, Grid], tensors: _Tensors) -> None:
@@ -138,8 +149,10 @@ def _check_manifest(folder: Path, grids: dict[str, Grid], tensors: _Tensors) -> 
         listed[name.removesuffix(f".{compressed_tensors.PACKED}")] = entry.grid
     differing = sorted(name for name in listed.keys() | grids.keys() if listed.get(name) != grids.get(name))
     if differing:
-        raise FormatError(f"{differing[0]}: {manifest.NAME} says {listed.get(differing[0])}, config.json "
-                          f"{grids.get(differing[0])}; export the model again")
+        raise FormatError(
+            f"{differing[0]}: {manifest.NAME} says {listed.get(differing[0])}, config.json "
+            f"{grids.get(differing[0])}; export the model again"
+        )
 
 
 def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:

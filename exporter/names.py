@@ -34,7 +34,7 @@ def memory_names(disk_names: Iterable[str], model: PreTrainedModel) -> dict[str,
         target, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if converted is not None:
             raise ValueError(f"{name}: transformers converts this tensor while loading; save the model again with it")
-        if target not in known and name in known:       # as transformers does: the name was right already
+        if target not in known and name in known:  # as transformers does: the name was right already
             return name
         return target
 

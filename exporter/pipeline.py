@@ -1,10 +1,10 @@
 """The way of the data, from a checkpoint to a verified export; each step is one call.
 
-    checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
+checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -30,7 +30,7 @@ from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import copy_companions, staged
 
 Formats = Literal["safetensors", "onnx", "both"]
-Progress = Callable[[str, int, int], None]          # what is under way, how much is done, of how much
+Progress = Callable[[str, int, int], None]  # what is under way, how much is done, of how much
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Request:
 
     model: str
     output: Path
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     revision: str | None = None
     formats: Formats = "both"
     accuracy_level: int = 0
@@ -73,8 +73,13 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     assignment = request.recipe.assign(plan)
     calibrated = any(METHODS[scheme.method].calibrated for scheme in assignment.schemes.values())
     data = datas.choose(
-        checkpoint, request.calibration, request.data, request.samples if calibrated else 0, request.seed,
-        request.text_only, request.verify,
+        checkpoint,
+        request.calibration,
+        request.data,
+        request.samples if calibrated else 0,
+        request.seed,
+        request.text_only,
+        request.verify,
     )
     with staged(request.output) as folder:
         calibration = _calibration(checkpoint, model, data.calibration)
@@ -92,21 +97,28 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
         manifest.write(folder, made)
     verdict = None
     if data.evaluation:
-        verdict = verify(request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress)
+        verdict = verify(
+            request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
+        )
         report.write(verdict, request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids)
     return Exported(request.output, made, verdict, note)
 
 
 def verify_folder(
-    folder: Path, reference: str | None = None, data: str | None = None, max_drop: float | None = None,
+    folder: Path,
+    reference: str | None = None,
+    data: str | None = None,
+    max_drop: float | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> Verdict:
-    """Verify an export again: against the checkpoint its manifest names unless another is, and on other data if named."""
+    """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named."""
     made = manifest.read(folder)
     checkpoint = open_checkpoint(reference or made.source.name, None if reference else made.source.revision)
     if reference is None and manifest.source(checkpoint.folder, checkpoint.name).files != made.source.files:
-        raise VlmqError(f"{checkpoint.folder}: not the weights that {folder} was made from; name those with --reference")
+        raise VlmqError(
+            f"{checkpoint.folder}: not the weights that {folder} was made from; name those with --reference"
+        )
     samples = datas.evaluation_set(data, made.calibration.dataset if made.calibration else datas.DEMO)
     verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
     report.write(verdict, folder)
@@ -138,13 +150,16 @@ def _manifest(
     request: Request, checkpoint: Checkpoint, assignment: Assignment, data: datas.Data, written: Written, folder: Path
 ) -> manifest.Manifest:
     def on_disk(module: str) -> str:
-        place = checkpoint.places.get(f"{module}.weight")       # a tied head has no tensor of its own
+        place = checkpoint.places.get(f"{module}.weight")  # a tied head has no tensor of its own
         return place.name.removesuffix(".weight") if place else module
 
     samples = data.calibration
     calibration = samples and manifest.Calibration(
-        dataset=samples.source, count=len(samples.samples), seed=request.seed,
-        ids_sha256=ids_sha256(samples.samples), images_sha256=data.digests,
+        dataset=samples.source,
+        count=len(samples.samples),
+        seed=request.seed,
+        ids_sha256=ids_sha256(samples.samples),
+        images_sha256=data.digests,
     )
     return manifest.Manifest(
         vlmq=vlmq.__version__,

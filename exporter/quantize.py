@@ -20,7 +20,7 @@ from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block, Input, Walk
 from vlmq.kernels.grid import QuantizedWeight
 
-Progress = Callable[[str, int, int], None]       # what, done, of
+Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class QuantizedBlock:
 
 @torch.no_grad()
 def quantize(
-    checkpoint: Checkpoint, model: nn.Module, walk: Walk, assignment: Assignment, calibration: Calibration | None,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    walk: Walk,
+    assignment: Assignment,
+    calibration: Calibration | None,
     progress: Progress = lambda what, done, of: None,
 ) -> Iterator[QuantizedBlock]:
     """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs."""
@@ -56,9 +60,15 @@ def quantize(
         _fill_outside(checkpoint, model, walk)
     for stage in walk.stages:
         calls = calibration.calls(stage) if calibration else {}
-        if calibration and not calls and any(site.name in assignment.schemes for block in stage for site in block.sites):
+        if (
+            calibration
+            and not calls
+            and any(site.name in assignment.schemes for block in stage for site in block.sites)
+        ):
             what = stage[0].component
-            raise VlmqError(f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16")
+            raise VlmqError(
+                f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16"
+            )
         for block in stage:
             progress("quantizing", done, count)
             module = model.get_submodule(block.name)
@@ -86,7 +96,9 @@ def _quantize_block(
 ) -> QuantizedBlock:
     module = model.get_submodule(block.name)
     before = {
-        name: tensor.clone() for name, tensor in module.named_parameters(block.name) if name.removesuffix(".weight") not in schemes
+        name: tensor.clone()
+        for name, tensor in module.named_parameters(block.name)
+        if name.removesuffix(".weight") not in schemes
     }
     statistics, output = gather(block, model, calls) if calls else ([None] * len(block.inputs), None)
     dtype = {site.name: checkpoint.dtype(f"{site.name}.weight") for site in block.sites}
@@ -105,7 +117,9 @@ def _quantize_block(
     for entry, seen in zip(block.inputs, statistics, strict=True):
         for site in entry.sites:
             if site.name in schemes:
-                solved[site.name] = _solve(site.name, model, schemes[site.name], seen, dtype[site.name], folded[site.name])
+                solved[site.name] = _solve(
+                    site.name, model, schemes[site.name], seen, dtype[site.name], folded[site.name]
+                )
     return QuantizedBlock(block, solved, _settle(block, model, before, solved, checkpoint))
 
 
@@ -145,7 +159,7 @@ def _solve(
             dense[rows] = part.dequantize()
         if sum(len(part.codes) for part in parts) == len(weight):
             found = _stack(parts)
-        else:       # a linear of which some rows stay dense is stored dense, rounded to what the file holds
+        else:  # a linear of which some rows stay dense is stored dense, rounded to what the file holds
             found = dense.to(dtype)
             dense = found.float()
     return Solved(found, scheme, folded, _relative_loss(dense, weight, seen))

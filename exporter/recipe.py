@@ -1,12 +1,12 @@
 """The recipe: which method and grid each site gets, from command-line flags or a YAML file with one schema.
 
-    method: awq
-    bits: 4
-    group_size: 128
-    components:
-      vision: {bits: 8}
-    rules:                                  # later rules win; a regular expression on the in-memory name
-      - {match: 'language_model.*fc2', bits: 8}
+method: awq
+bits: 4
+group_size: 128
+components:
+  vision: {bits: 8}
+rules:                                  # later rules win; a regular expression on the in-memory name
+  - {match: 'language_model.*fc2', bits: 8}
 """
 
 import re
@@ -24,7 +24,7 @@ from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.walk import Site, Walk
 from vlmq.kernels.grid import BITS, Grid
 
-FULL = 16       # bits that mean "left alone"
+FULL = 16  # bits that mean "left alone"
 
 Qkv = Literal["fused", "split", "v-only", "skip"]
 
@@ -82,7 +82,7 @@ class Scheme:
 
     method: str
     grid: Grid
-    rows: tuple[slice, ...] | None = None       # solved one by one; None: the whole linear at once
+    rows: tuple[slice, ...] | None = None  # solved one by one; None: the whole linear at once
 
 
 @dataclass(frozen=True)

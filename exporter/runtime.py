@@ -39,8 +39,8 @@ def without_torch() -> None:
     transformers' processors do without it, but import it wherever they find it. Call this before importing
     transformers, in a process that will only run graphs.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")     # that models cannot be loaded is the purpose
-    sys.modules.setdefault("torch", None)       # type: ignore[arg-type]    # what makes `import torch` fail
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that models cannot be loaded is the purpose
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]    # what makes `import torch` fail
 
 
 def open_processor(folder: Path) -> "ProcessorMixin":
@@ -51,6 +51,11 @@ def open_processor(folder: Path) -> "ProcessorMixin":
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+
+
+def engine_of(folder: Path) -> Engine:
+    """onnxruntime wherever the folder has graphs for it, as `vlmq run` does."""
+    return "onnx" if (folder / "onnx").is_dir() else "torch"
 
 
 def open_vlm(folder: Path, engine: Engine) -> "OnnxVlm | TorchVlm":
@@ -80,11 +85,16 @@ class TorchVlm:
         from transformers import GenerationConfig
 
         inputs = self._inputs(images, prompts)
-        greedy = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-                                  eos_token_id=sorted(self.stop), pad_token_id=_pad(self.processor))
+        greedy = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self.stop),
+            pad_token_id=_pad(self.processor),
+        )
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, generation_config=greedy)
-        new = tokens[:, inputs["input_ids"].shape[1]:]         # generate() gives the prompt back first
+        new = tokens[:, inputs["input_ids"].shape[1] :]  # generate() gives the prompt back first
         return _answers(new.tolist(), self.stop, self.processor)
 
     def image_features(self, images: Sequence["Image"]) -> "torch.Tensor":
@@ -94,7 +104,8 @@ class TorchVlm:
         pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             features = self.model.get_image_features(
-                pixels.to(self.model.device, self.model.dtype), return_dict=True).pooler_output
+                pixels.to(self.model.device, self.model.dtype), return_dict=True
+            ).pooler_output
         return features if isinstance(features, torch.Tensor) else torch.stack(list(features))
 
     def next_logits(self, images: Sequence["Image"], prompts: Sequence[str]) -> np.ndarray:
@@ -161,8 +172,10 @@ class OnnxVlm:
         features = self.vision.run(None, {"pixel_values": np.asarray(encoded["pixel_values"], dtype=np.float32)})[0]
         places = tokens == self.image_token
         if places.sum() != features.shape[0] * features.shape[1]:
-            raise VlmqError(f"prompts: {places.sum()} image tokens for {features.shape[0]} x {features.shape[1]} image "
-                            "features; every prompt needs its image's placeholder exactly once")
+            raise VlmqError(
+                f"prompts: {places.sum()} image tokens for {features.shape[0]} x {features.shape[1]} image "
+                "features; every prompt needs its image's placeholder exactly once"
+            )
         embeds = self._embed(tokens)
         embeds[places] = features.reshape(-1, features.shape[-1])
         return embeds, mask.astype(np.int64)
@@ -180,7 +193,7 @@ class OnnxVlm:
         """Run the decoder on new positions  ->  logits of the last one (n, vocabulary), the longer past."""
         import onnxruntime
 
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1]:]       # padding does not count
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1] :]  # padding does not count
         fed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         values = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in fed.items()
@@ -194,7 +207,7 @@ def _encode(processor: "ProcessorMixin", images: Sequence["Image"], prompts: Seq
     """input_ids and attention_mask (n, sequence), padded on the left; pixel_values (n, 3, height, width)."""
     try:
         return processor(images=list(images), text=list(prompts), padding=True, return_tensors=kind)
-    except ValueError as error:     # the processor's own check of prompts against images
+    except ValueError as error:  # the processor's own check of prompts against images
         raise VlmqError(f"prompts: {error}; every prompt needs its image's placeholder exactly once") from error
 
 
@@ -203,7 +216,7 @@ def _session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3          # errors; warnings are about the machine, not the model
+    options.log_severity_level = 3  # errors; warnings are about the machine, not the model
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.images import digest
 
-COUNT = 128     # samples of a calibration, as the AWQ and GPTQ papers have it
+COUNT = 128  # samples of a calibration, as the AWQ and GPTQ papers have it
 IMAGE_MARK = "<image>"
 
 
@@ -28,12 +28,12 @@ class Sample:
     text; `prompt` is used as it is written (see `prompt_of`). answers: of the annotators, or reference captions.
     """
 
-    id: str                                             # unique within a source
-    image: Path | None                                  # None for text alone, which is read only when asked for
+    id: str  # unique within a source
+    image: Path | None  # None for text alone, which is read only when asked for
     kind: Literal["question", "caption", "prompt"]
     text: str | None = None
     answers: tuple[str, ...] = ()
-    answer_type: str | None = None                      # VQAv2's yes/no, number or other
+    answer_type: str | None = None  # VQAv2's yes/no, number or other
 
     def __post_init__(self) -> None:
         if (self.kind == "caption") != (self.text is None):
@@ -51,7 +51,7 @@ class Samples:
 class Templates(Protocol):
     """What a family knows about prompts."""
 
-    question: str       # with {} for the question
+    question: str  # with {} for the question
     caption: str
 
 
@@ -106,8 +106,10 @@ def refuse_leakage(calibration: Iterable[str], evaluation: Sequence[Sample]) -> 
     leaked = [sample for sample in evaluation if digests.get(sample.id) in seen]
     if leaked:
         first = leaked[0]
-        raise VlmqError(f"{first.image}: the image of evaluation sample {first.id} was calibrated on, as were those of "
-                        f"{len(leaked) - 1} more; evaluate on other images, or calibrate on others")
+        raise VlmqError(
+            f"{first.image}: the image of evaluation sample {first.id} was calibrated on, as were those of "
+            f"{len(leaked) - 1} more; evaluate on other images, or calibrate on others"
+        )
 
 
 def refuse_repeated_ids(source: object, samples: Iterable[Sample]) -> None:

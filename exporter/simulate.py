@@ -16,7 +16,9 @@ from vlmq.kernels.grid import QuantizedWeight
 
 
 @torch.no_grad()
-def simulate(checkpoint: Checkpoint, recipe: Recipe, samples: tuple[Sample, ...]) -> tuple[PreTrainedModel, dict[str, Solved]]:
+def simulate(
+    checkpoint: Checkpoint, recipe: Recipe, samples: tuple[Sample, ...]
+) -> tuple[PreTrainedModel, dict[str, Solved]]:
     """The model an export would hold, float32 and dense, and what became of each site."""
     model = checkpoint.skeleton()
     plan = walk(model, checkpoint.family)

@@ -31,7 +31,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)     # type: ignore[arg-type]    # torch says "-> None"
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]    # torch says "-> None"
     try:
         yield
     finally:

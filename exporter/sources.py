@@ -99,14 +99,16 @@ def read_jsonl(path: Path) -> list[Sample]:
             continue
         line = parse(text, Line, f"{path}:{number}", 'write {"image": "cat.png", "question": "..."}')
         said = line.prompt if line.prompt is not None else line.question
-        samples.append(Sample(
-            id=f"line-{number}" if line.id is None else str(line.id),
-            image=None if line.image is None else path.parent / line.image,
-            kind="caption" if said is None else "question" if line.prompt is None else "prompt",
-            text=said,
-            answers=tuple(line.answers if line.answer is None else [line.answer]),
-            answer_type=line.answer_type,
-        ))
+        samples.append(
+            Sample(
+                id=f"line-{number}" if line.id is None else str(line.id),
+                image=None if line.image is None else path.parent / line.image,
+                kind="caption" if said is None else "question" if line.prompt is None else "prompt",
+                text=said,
+                answers=tuple(line.answers if line.answer is None else [line.answer]),
+                answer_type=line.answer_type,
+            )
+        )
     return samples
 
 
@@ -131,5 +133,7 @@ def _refuse_missing_images(source: Path, samples: Iterable[Sample]) -> None:
 def _refuse_text_alone(source: Path, samples: Iterable[Sample], allowed: bool) -> None:
     alone = [sample for sample in samples if sample.image is None]
     if alone and not allowed:
-        raise VlmqError(f"{source}: sample {alone[0].id} has no image, as have {len(alone)} in all; give it one, "
-                        "or say --text-only if text alone is meant")
+        raise VlmqError(
+            f"{source}: sample {alone[0].id} has no image, as have {len(alone)} in all; give it one, "
+            "or say --text-only if text alone is meant"
+        )

@@ -16,13 +16,13 @@ from vlmq.exporter.families import Component, Family, Kind, Reads, Stage
 class Site:
     """One linear to quantize."""
 
-    name: str                       # in memory
+    name: str  # in memory
     component: Component
     block: int
     kind: Kind
     rows: int
     columns: int
-    parts: tuple[str, ...] = ()     # names of the stacked parts of a fused projection, of equally many rows
+    parts: tuple[str, ...] = ()  # names of the stacked parts of a fused projection, of equally many rows
 
     def part_rows(self, part: str | None) -> slice:
         """The rows of one stacked part, or all of them."""
@@ -38,7 +38,7 @@ class Source:
     """What can absorb the inverse of a scale before an input: a norm, or rows of a linear."""
 
     name: str
-    rows: slice | None = None       # of a linear; None for a norm
+    rows: slice | None = None  # of a linear; None for a norm
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def walk(model: nn.Module, family: Family) -> Walk:
     found = Walk(tuple(stages), kept)
     missed = sorted(set(linears) - {site.name for site in found.sites} - set(kept))
     if missed:
-        raise VlmqError(f"{missed[0]}: {len(missed)} linears are not in the table of family {family.name}; add them to families.py")
+        raise VlmqError(
+            f"{missed[0]}: {len(missed)} linears are not in the table of family {family.name}; add them to families.py"
+        )
     return found
 
 
@@ -115,7 +117,7 @@ def _block(name: str, index: int, stage: Stage, linears: dict[str, nn.Linear]) -
     inputs = []
     for entry in stage.reads:
         if not any(_join(name, linear) in linears for linear in entry.linears):
-            continue        # such as the cross-attention that only every other Q-Former block has
+            continue  # such as the cross-attention that only every other Q-Former block has
         sites = tuple(site(linear, entry) for linear in entry.linears)
         by_name |= {found.name: found for found in sites}
         inputs.append(Input(sites, _source(name, entry, by_name)))

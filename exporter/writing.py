@@ -21,9 +21,9 @@ from vlmq.kernels.grid import Grid, QuantizedWeight
 class Written:
     """What the manifest and config.json need to know of the weights."""
 
-    records: dict[str, manifest.TensorRecord]       # by module name on disk
-    grids: dict[str, Grid]                          # of the packed linears, by name in memory
-    losses: dict[str, float]                        # relative squared output error on the calibration samples
+    records: dict[str, manifest.TensorRecord]  # by module name on disk
+    grids: dict[str, Grid]  # of the packed linears, by name in memory
+    losses: dict[str, float]  # relative squared output error on the calibration samples
 
 
 def write_weights(

@@ -26,7 +26,7 @@ from vlmq.kernels.grid import ROW, Grid, QuantizedWeight
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
-VERSION = "0.20.0"                  # the release whose layout this is
+VERSION = "0.20.0"  # the release whose layout this is
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 PARTS = (PACKED, SCALE, SHAPE, ZERO)
 
@@ -52,8 +52,10 @@ def unpack(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWei
     for part, (dtype, expected) in layout(shape, grid).items():
         found = _part(name, part, tensors)
         if tuple(found.shape) != expected or (dtype is not None and found.dtype != dtype):
-            raise FormatError(f"{name}.{part}: {_say(found.dtype, found.shape)} where a {grid.bits}-bit weight {shape} "
-                              f"has {_say(dtype or found.dtype, expected)}; export the model again")
+            raise FormatError(
+                f"{name}.{part}: {_say(found.dtype, found.shape)} where a {grid.bits}-bit weight {shape} "
+                f"has {_say(dtype or found.dtype, expected)}; export the model again"
+            )
     rows, columns = shape
     scale = tensors[f"{name}.{SCALE}"]
     codes = words.unpack(tensors[f"{name}.{PACKED}"], grid.bits, columns, dim=1)
@@ -142,8 +144,10 @@ def grids(config: Mapping, names: Iterable[str]) -> dict[str, Grid]:
     FormatError where the config is of another format or its scheme has no Grid.
     """
     if (config.get("quant_method"), config.get("format")) != (METHOD, FORMAT):
-        raise FormatError(f"config.json: quantized as {config.get('quant_method')} {config.get('format')}; "
-                          f"this reads {METHOD} {FORMAT}")
+        raise FormatError(
+            f"config.json: quantized as {config.get('quant_method')} {config.get('format')}; "
+            f"this reads {METHOD} {FORMAT}"
+        )
     schemes = [(group["targets"], _grid(group["weights"])) for group in config["config_groups"].values()]
     found = {}
     for name in names:
@@ -211,10 +215,13 @@ def _weights(grid: Grid) -> dict:
 
 def _grid(scheme: Mapping) -> Grid:
     if scheme.get("type") != "int" or scheme.get("strategy") not in ("channel", "group"):
-        raise FormatError(f"config.json: weights of type {scheme.get('type')}, strategy {scheme.get('strategy')}; "
-                          "this reads integers in groups or rows")
-    return Grid(scheme["num_bits"], ROW if scheme["strategy"] == "channel" else scheme["group_size"],
-                scheme["symmetric"])
+        raise FormatError(
+            f"config.json: weights of type {scheme.get('type')}, strategy {scheme.get('strategy')}; "
+            "this reads integers in groups or rows"
+        )
+    return Grid(
+        scheme["num_bits"], ROW if scheme["strategy"] == "channel" else scheme["group_size"], scheme["symmetric"]
+    )
 
 
 def _order(grid: Grid) -> tuple[int, int, bool]:

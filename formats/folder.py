@@ -14,11 +14,22 @@ from vlmq.formats.errors import FormatError
 # What a reader needs beside the weights. Weights, pickles and Python code are never among them.
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "preprocessor_config.json", "processor_config.json",
-    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
-    "LICENSE*", "NOTICE*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
@@ -42,7 +53,7 @@ def staged(final: Path) -> Iterator[Path]:
     try:
         yield stage
         _to_disk(stage)
-        if os.path.lexists(final):          # made by someone else meanwhile: a rename would replace an empty folder
+        if os.path.lexists(final):  # made by someone else meanwhile: a rename would replace an empty folder
             raise FormatError(f"{final}: appeared during the run; choose another --output")
         stage.rename(final)
     except OSError as error:
@@ -50,7 +61,7 @@ def staged(final: Path) -> Iterator[Path]:
             raise FormatError(f"{final.parent}: {error.strerror}; free some or choose another --output") from None
         raise
     finally:
-        shutil.rmtree(stage, ignore_errors=True)        # gone already when all went well
+        shutil.rmtree(stage, ignore_errors=True)  # gone already when all went well
     _sync(final.parent)
 
 
@@ -69,7 +80,7 @@ def copy_companions(source: Path, target: Path, quantization_config: Mapping | N
         for path in sorted(source.glob(pattern)):
             name = path.relative_to(source)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)        # the contents: a Hub cache holds links
+            shutil.copyfile(path, target / name)  # the contents: a Hub cache holds links
             copied.append(str(name))
     return copied
 

@@ -17,9 +17,9 @@ from vlmq.kernels.grid import Grid, QuantizedWeight
 
 NAME = "vlmq.json"
 VERSION = 1
-PACKED: Literal["pack-quantized"] = "pack-quantized"       # compressed_tensors.FORMAT
-DENSE: Literal["dense"] = "dense"               # on the grid in some rows only, so stored as a plain weight
-WEIGHTS = ("*.safetensors", "onnx/*")           # files that may not be there without being listed
+PACKED: Literal["pack-quantized"] = "pack-quantized"  # compressed_tensors.FORMAT
+DENSE: Literal["dense"] = "dense"  # on the grid in some rows only, so stored as a plain weight
+WEIGHTS = ("*.safetensors", "onnx/*")  # files that may not be there without being listed
 
 
 class Record(BaseModel):
@@ -36,9 +36,9 @@ class FileRecord(Record):
 class Source(Record):
     """The checkpoint before."""
 
-    name: str                                   # folder or Hub id, as the person gave it
+    name: str  # folder or Hub id, as the person gave it
     revision: str | None = None
-    parameters: int                             # elements of all tensors in its files
+    parameters: int  # elements of all tensors in its files
     files: dict[str, FileRecord]
 
 
@@ -46,8 +46,8 @@ class Calibration(Record):
     dataset: str
     count: int
     seed: int = 0
-    ids_sha256: str                             # of the sample ids, in order, one a line
-    images_sha256: dict[str, str] = Field(default_factory=dict)     # sample id to image
+    ids_sha256: str  # of the sample ids, in order, one a line
+    images_sha256: dict[str, str] = Field(default_factory=dict)  # sample id to image
 
 
 class TensorRecord(Record):
@@ -55,14 +55,14 @@ class TensorRecord(Record):
 
     method: str
     bits: int
-    group: int                                  # -1: the whole row
+    group: int  # -1: the whole row
     symmetric: bool
-    shape: tuple[int, int]                      # out, in
-    fold: str | None = None                     # what absorbed the scale of its input, in words
+    shape: tuple[int, int]  # out, in
+    fold: str | None = None  # what absorbed the scale of its input, in words
     stored: Literal["pack-quantized", "dense"] = PACKED
-    rows: tuple[tuple[int, int], ...] | None = None     # start, stop of those on the grid; None: all
-    bytes: int                                  # on disk: codes, scales, zeros and shape; or the dense weight
-    sha256: str                                 # of the dequantized weight, float32, row by row, little endian
+    rows: tuple[tuple[int, int], ...] | None = None  # start, stop of those on the grid; None: all
+    bytes: int  # on disk: codes, scales, zeros and shape; or the dense weight
+    sha256: str  # of the dequantized weight, float32, row by row, little endian
 
     @property
     def grid(self) -> Grid:
@@ -71,14 +71,14 @@ class TensorRecord(Record):
 
 class Manifest(Record):
     version: int = VERSION
-    vlmq: str                                   # the release that wrote it
+    vlmq: str  # the release that wrote it
     source: Source
     family: str
     recipe: dict[str, Any]
     calibration: Calibration | None = None
-    tensors: dict[str, TensorRecord]            # by module name on disk
-    kept: dict[str, str]                        # linears in full precision, by module name on disk, and why
-    files: dict[str, FileRecord]                # every file of the folder but this one
+    tensors: dict[str, TensorRecord]  # by module name on disk
+    kept: dict[str, str]  # linears in full precision, by module name on disk, and why
+    files: dict[str, FileRecord]  # every file of the folder but this one
     onnx: dict[str, Any] | None = None
 
 
@@ -111,9 +111,16 @@ def record(weight: QuantizedWeight, method: str, fold: str | None = None) -> Ten
     tensors = compressed_tensors.pack("", weight)
     rows, columns = weight.shape
     grid = weight.grid
-    return TensorRecord(method=method, bits=grid.bits, group=grid.group, symmetric=grid.symmetric,
-                        shape=(rows, columns), fold=fold, bytes=sum(tensor.nbytes for tensor in tensors.values()),
-                        sha256=digest(weight))
+    return TensorRecord(
+        method=method,
+        bits=grid.bits,
+        group=grid.group,
+        symmetric=grid.symmetric,
+        shape=(rows, columns),
+        fold=fold,
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        sha256=digest(weight),
+    )
 
 
 def record_dense(
@@ -121,10 +128,18 @@ def record_dense(
 ) -> TensorRecord:
     """What the manifest says of a weight (out, in) of which only `rows` lie on `grid`: it is stored dense."""
     outputs, columns = weight.shape
-    return TensorRecord(method=method, bits=grid.bits, group=grid.group, symmetric=grid.symmetric,
-                        shape=(outputs, columns), fold=fold, stored=DENSE,
-                        rows=tuple((part.start, part.stop) for part in rows), bytes=weight.nbytes,
-                        sha256=_digest(weight))
+    return TensorRecord(
+        method=method,
+        bits=grid.bits,
+        group=grid.group,
+        symmetric=grid.symmetric,
+        shape=(outputs, columns),
+        fold=fold,
+        stored=DENSE,
+        rows=tuple((part.start, part.stop) for part in rows),
+        bytes=weight.nbytes,
+        sha256=_digest(weight),
+    )
 
 
 def digest(weight: QuantizedWeight) -> str:
@@ -139,16 +154,23 @@ def _digest(weight: Tensor) -> str:
 def source(folder: Path, name: str, revision: str | None = None) -> Source:
     """Hash and measure the weight files of a checkpoint folder."""
     found = headers(folder)
-    return Source(name=name, revision=revision, parameters=sum(header.count for header in found.values()),
-                  files=describe(folder, sorted({header.file for header in found.values()})))
+    return Source(
+        name=name,
+        revision=revision,
+        parameters=sum(header.count for header in found.values()),
+        files=describe(folder, sorted({header.file for header in found.values()})),
+    )
 
 
 def describe(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
     """Bytes and sha256 of the named files, or of every file of the folder but the manifest."""
     if names is None:
         names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: FileRecord(bytes=(folder / name).stat().st_size, sha256=_sha256(folder / name))
-            for name in sorted(names) if name != NAME}
+    return {
+        name: FileRecord(bytes=(folder / name).stat().st_size, sha256=_sha256(folder / name))
+        for name in sorted(names)
+        if name != NAME
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -164,10 +186,10 @@ class Sizes:
     """Bytes on disk. `linears` are the quantized ones: codes, scales, zeros and shapes; biases are not counted."""
 
     linears: int
-    linears_fp16: int               # the same weights at two bytes each
-    weights: int                    # elements of the quantized linears
-    files: int                      # all safetensors files: headers, biases and unquantized tensors included
-    files_fp16: int                 # the source's elements at two bytes each
+    linears_fp16: int  # the same weights at two bytes each
+    weights: int  # elements of the quantized linears
+    files: int  # all safetensors files: headers, biases and unquantized tensors included
+    files_fp16: int  # the source's elements at two bytes each
 
     @property
     def bits_per_weight(self) -> float:
@@ -191,8 +213,9 @@ def sizes(manifest: Manifest) -> Sizes:
         linears=sum(record.bytes for record in manifest.tensors.values()),
         linears_fp16=2 * weights,
         weights=weights,
-        files=sum(record.bytes for name, record in manifest.files.items()
-                  if name.endswith(".safetensors") and "/" not in name),
+        files=sum(
+            record.bytes for name, record in manifest.files.items() if name.endswith(".safetensors") and "/" not in name
+        ),
         files_fp16=2 * manifest.source.parameters,
     )
 
@@ -241,8 +264,10 @@ def _check_module(module: str, entry: TensorRecord, found: Mapping[str, Header])
     dense = found.get(f"{module}.weight")
     if entry.stored == DENSE:
         if dense is None or dense.shape != entry.shape or dense.bytes != entry.bytes:
-            raise FormatError(f"{module}.weight: not the dense weight {entry.shape} of {entry.bytes} bytes that {NAME} "
-                              "lists; export the model again")
+            raise FormatError(
+                f"{module}.weight: not the dense weight {entry.shape} of {entry.bytes} bytes that {NAME} "
+                "lists; export the model again"
+            )
         return
     if dense is not None:
         raise FormatError(f"{module}.weight: stored in full beside its packed form; export the model again")
@@ -251,15 +276,21 @@ def _check_module(module: str, entry: TensorRecord, found: Mapping[str, Header])
     for part in compressed_tensors.PARTS:
         name = f"{module}.{part}"
         if (name in found) != (part in expected):
-            raise FormatError(f"{name}: {'not expected' if name in found else 'absent'} for {entry.grid}; "
-                              "export the model again")
+            raise FormatError(
+                f"{name}: {'not expected' if name in found else 'absent'} for {entry.grid}; export the model again"
+            )
         if part not in expected:
             continue
         header, (dtype, shape) = found[name], expected[part]
-        if header.shape != shape or header.dtype != (dtype or header.dtype) or \
-                (dtype is None and not header.dtype.is_floating_point):
-            raise FormatError(f"{name}: {header.dtype} {header.shape} in {header.file}, where {NAME} means {shape}; "
-                              "export the model again")
+        if (
+            header.shape != shape
+            or header.dtype != (dtype or header.dtype)
+            or (dtype is None and not header.dtype.is_floating_point)
+        ):
+            raise FormatError(
+                f"{name}: {header.dtype} {header.shape} in {header.file}, where {NAME} means {shape}; "
+                "export the model again"
+            )
         size += header.bytes
     if size != entry.bytes:
         raise FormatError(f"{module}: {size} bytes packed, {NAME} says {entry.bytes}; export the model again")

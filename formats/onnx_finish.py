@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from vlmq.formats.onnx_modules import MODEL
 
-INLINE_BYTES = 1024     # transformers.js infers shapes from small tensors, so they must be inside the graph file
+INLINE_BYTES = 1024  # transformers.js infers shapes from small tensors, so they must be inside the graph file
 FLOATING = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TOTAL = "total_sequence_length"
 

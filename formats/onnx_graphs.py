@@ -48,9 +48,7 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
     target.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(model)
     return [
-        path
-        for name in GRAPHS
-        for path in _write(trace(model, name, accuracy_level), target / f"{name}{suffix}.onnx")
+        path for name in GRAPHS for path in _write(trace(model, name, accuracy_level), target / f"{name}{suffix}.onnx")
     ]
 
 
@@ -82,13 +80,21 @@ def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Mode
             optimize=True,
             verbose=False,
         )
-    assert program is not None      # only with a file name is there none
+    assert program is not None  # only with a file name is there none
     finish(program.model)
-    program.model.metadata_props[GRIDS] = json.dumps({
-        name: [linear.grid.bits, linear.grid.group, linear.grid.symmetric, linear.in_features, str(linear.scales.dtype)]
-        for name, linear in sorted(quantized_linears(model).items())
-        if f"{name}.qweight" in program.model.graph.initializers
-    })
+    program.model.metadata_props[GRIDS] = json.dumps(
+        {
+            name: [
+                linear.grid.bits,
+                linear.grid.group,
+                linear.grid.symmetric,
+                linear.in_features,
+                str(linear.scales.dtype),
+            ]
+            for name, linear in sorted(quantized_linears(model).items())
+            if f"{name}.qweight" in program.model.graph.initializers
+        }
+    )
     return program.model
 
 

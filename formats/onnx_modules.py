@@ -40,14 +40,14 @@ def llava_image_features(model: Any, pixel_values: Tensor) -> Tensor:
     wanted = config.vision_feature_layer
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
     blocks = len(tower.encoder.layers)
-    wanted = [layer % (blocks + 1) for layer in wanted]         # hidden layer 0 is the embedding
+    wanted = [layer % (blocks + 1) for layer in wanted]  # hidden layer 0 is the embedding
 
     hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
     read = {0: hidden}
     for number, block in enumerate(tower.encoder.layers[: max(wanted)], start=1):
         hidden = block(hidden, attention_mask=None)
         read[number] = hidden
-    first = 1 if config.vision_feature_select_strategy == "default" else 0      # leaves out the class token
+    first = 1 if config.vision_feature_select_strategy == "default" else 0  # leaves out the class token
     return llava.multi_modal_projector(torch.cat([read[layer][:, first:] for layer in wanted], dim=-1))
 
 
@@ -56,15 +56,20 @@ class Parts:
     """Where a family keeps what the graphs are made of."""
 
     image_features: Callable[[Any, Tensor], Tensor]
-    language: str           # from hidden states to hidden states, with a cache
-    head: str               # from hidden states to logits
-    vision: str             # configuration attribute
-    towers: tuple[str, ...]     # vision towers whose layout `image_features` knows
+    language: str  # from hidden states to hidden states, with a cache
+    head: str  # from hidden states to logits
+    vision: str  # configuration attribute
+    towers: tuple[str, ...]  # vision towers whose layout `image_features` knows
 
 
 PARTS = {
-    "blip-2": Parts(blip2_image_features, "language_model.model", "language_model.lm_head", "vision_config",
-                    ("blip_2_vision_model",)),
+    "blip-2": Parts(
+        blip2_image_features,
+        "language_model.model",
+        "language_model.lm_head",
+        "vision_config",
+        ("blip_2_vision_model",),
+    ),
     "llava": Parts(llava_image_features, "model.language_model", "lm_head", "vision_config", ("clip_vision_model",)),
 }
 
@@ -96,7 +101,7 @@ class Part(nn.Module):
         self.add_module(MODEL, model)
         self.text = model.config.text_config
         self.vision = getattr(model.config, self.parts.vision)
-        self.embedding: Any = [model.get_input_embeddings()]         # in a list: its name is the one inside the model
+        self.embedding: Any = [model.get_input_embeddings()]  # in a list: its name is the one inside the model
 
     def example(self) -> tuple:
         raise NotImplementedError
@@ -163,7 +168,7 @@ class Decoder(Part):
         width = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
         def slot() -> Tensor:
-            return torch.zeros(batch, heads, past, width)       # one tensor twice would be traced as one input
+            return torch.zeros(batch, heads, past, width)  # one tensor twice would be traced as one input
 
         return (
             torch.zeros(batch, sequence, self.embedding[0].embedding_dim),

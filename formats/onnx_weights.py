@@ -23,14 +23,14 @@ def read_weights(path: Path) -> dict[str, QuantizedWeight]:
 
     def tensor(name: str) -> torch.Tensor | None:
         stored = tensors.get(name)
-        return None if stored is None else torch.from_numpy(np.array(stored.numpy()))     # a copy: the file is mapped
+        return None if stored is None else torch.from_numpy(np.array(stored.numpy()))  # a copy: the file is mapped
 
     weights = {}
     for name, (bits, group, symmetric, columns, dtype) in json.loads(model.metadata_props[GRIDS]).items():
         qweight, scales = tensor(f"{name}.qweight"), tensor(f"{name}.scales")
         if qweight is None or scales is None:
             raise FormatError(f"{path}: {name} has no qweight or scales; export again")
-        scales = scales.to(getattr(torch, dtype.removeprefix("torch.")))    # exact: finish() only widens or checks
+        scales = scales.to(getattr(torch, dtype.removeprefix("torch.")))  # exact: finish() only widens or checks
         grid = Grid(bits, group, symmetric)
         weights[name] = nbits.unpack(NBitsWeight(qweight, scales, tensor(f"{name}.qzeros"), columns, grid))
     return weights

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from vlmq.formats.errors import FormatError
 
-MAX_SHARD_BYTES = 5 * 10**9         # as transformers' save_pretrained
+MAX_SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -48,7 +56,7 @@ def headers(folder: Path) -> dict[str, Header]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():        # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
                     if name in found:
                         raise FormatError(f"{path}: {name} is in {found[name].file} too; fetch the model again")
                     tensor = file.get_slice(name)
@@ -71,8 +79,8 @@ class SafetensorsWriter:
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self.total = 0                              # bytes of all tensors so far
-        self._shards: list[list[str]] = []          # names in every finished shard
+        self.total = 0  # bytes of all tensors so far
+        self._shards: list[list[str]] = []  # names in every finished shard
         self._names: set[str] = set()
         self._open = _Shard(folder)
 
@@ -119,7 +127,7 @@ class _Spool:
 
     path: Path
     file: BinaryIO
-    entries: list[tuple[str, str, list[int], int]] = field(default_factory=list)    # name, dtype, shape, bytes
+    entries: list[tuple[str, str, list[int], int]] = field(default_factory=list)  # name, dtype, shape, bytes
 
 
 class _Shard:

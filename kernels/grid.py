@@ -22,14 +22,16 @@ class Grid:
     """The levels a value may take: 2**bits of them, spaced anew in every group."""
 
     bits: int
-    group: int = 128                # columns that share a scale; ROW (-1) for the whole row
+    group: int = 128  # columns that share a scale; ROW (-1) for the whole row
     symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"{self.bits} bits; choose one of {', '.join(map(str, BITS))}")
         if self.group != ROW and not (16 <= self.group <= 256 and self.group % 16 == 0):
-            raise ValueError(f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, or -1 for the row")
+            raise ValueError(
+                f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, or -1 for the row"
+            )
 
     @property
     def levels(self) -> int:
@@ -40,7 +42,9 @@ class Grid:
         width = columns if self.group == ROW else self.group
         if columns % width:
             fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
-            remedy = f"choose --group-size {', '.join(map(str, fitting))} or -1" if fitting else "choose --group-size -1"
+            remedy = (
+                f"choose --group-size {', '.join(map(str, fitting))} or -1" if fitting else "choose --group-size -1"
+            )
             raise ValueError(f"{columns} columns do not divide into groups of {width}; {remedy}")
         return width
 
@@ -63,7 +67,9 @@ class QuantizedWeight:
         return dequantize(self.codes, self.scale, self.zero)
 
 
-def fit(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def fit(
+    weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Choose each group's scale and zero so that its extremes (shrunk by `clip`), and 0, lie on the grid.
 
     weight (..., out, in), clip broadcastable to (..., out, groups)  ->  scale of `dtype`, zero uint8, both
@@ -109,7 +115,9 @@ def round_trip(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, c
     return dequantize(quantize(weight, scale, zero, grid), scale, zero)
 
 
-def to_grid(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0) -> QuantizedWeight:
+def to_grid(
+    weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0
+) -> QuantizedWeight:
     """Round to nearest on the fitted grid."""
     scale, zero = fit(weight, grid, dtype, clip)
     return QuantizedWeight(quantize(weight, scale, zero, grid), scale, zero, grid)

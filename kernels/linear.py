@@ -21,8 +21,8 @@ from vlmq.kernels.grid import QuantizedWeight
 from vlmq.kernels.nbits import NBitsWeight
 
 FAST_BLOCKS = (32, 64, 128, 256)
-FAST_ROWS = 16          # torch's int4 layout wants a multiple of so many rows of the weight
-INT8_ACTIVATIONS = 4    # the accuracy_level at which MatMulNBits computes in int8
+FAST_ROWS = 16  # torch's int4 layout wants a multiple of so many rows of the weight
+INT8_ACTIVATIONS = 4  # the accuracy_level at which MatMulNBits computes in int8
 
 
 class QuantizedLinear(nn.Module):
@@ -117,7 +117,7 @@ class QuantizedLinear(nn.Module):
             # The int4 layout differs between processors; a product of the identity with scale 1 and offset 0 reads
             # codes - 8 from any of them, exactly.
             scales = torch.tensor([1.0, 0.0]).bfloat16().expand(self.scales.shape[1], self.out_features, 2).contiguous()
-            assert self.int4 is not None        # the codes are in one layout or the other
+            assert self.int4 is not None  # the codes are in one layout or the other
             columns = _int4_product(torch.eye(self.in_features).bfloat16(), self.int4, self.block, scales)
             qweight = nbits.to_bytes((columns.T + 8).to(torch.uint8), 4).view(*self.scales.shape, -1)
         return NBitsWeight(qweight, self.scales, self.qzeros, self.in_features, self.grid)
@@ -142,7 +142,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self.to_portable()                  # torch's int4 layout exists on a CPU only
+        self.to_portable()  # torch's int4 layout exists on a CPU only
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:

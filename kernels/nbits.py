@@ -43,7 +43,7 @@ def block_of(grid: Grid, columns: int) -> int:
     """Columns of one block. A row may use any, for its last block may be part empty: the one with the fewest bytes."""
     if grid.group == ROW:
         bits = CONTAINERS[grid.bits]
-        scale = 32                                      # bits of a scale in a float32 graph
+        scale = 32  # bits of a scale in a float32 graph
         return min(BLOCKS, key=lambda block: -(-columns // block) * (block * bits + scale))
     return next(block for block in BLOCKS if grid.group % block == 0)
 
@@ -56,7 +56,7 @@ def pack(weight: QuantizedWeight) -> NBitsWeight:
     shift = _shift(grid)
 
     zeros = _spread(weight.zero + shift, blocks, block, columns)
-    codes = zeros.repeat_interleave(block, dim=1)       # whatever is not overwritten dequantizes to 0
+    codes = zeros.repeat_interleave(block, dim=1)  # whatever is not overwritten dequantizes to 0
     codes[:, :columns] = weight.codes + shift
     return NBitsWeight(
         qweight=to_bytes(codes, container).view(rows, blocks, -1),

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")        # before transformers is imported: no test may reach a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach a network
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))      # so that tests import `tiny` and the oracles by their file names
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests import `tiny` and the oracles by their file names
 
 import tiny
 

@@ -19,8 +19,8 @@ KEPT = "lm_head"
 class Exported:
     folder: Path
     weights: dict[str, QuantizedWeight]
-    packed: nn.Module       # linears on packed codes
-    dense: nn.Module        # the same weights, dequantized into plain linears
+    packed: nn.Module  # linears on packed codes
+    dense: nn.Module  # the same weights, dequantized into plain linears
 
 
 def quantize(model: nn.Module, grid: Grid) -> dict[str, QuantizedWeight]:

@@ -15,11 +15,12 @@ from vlmq.formats.folder import copy_companions
 from vlmq.formats.shards import SafetensorsWriter
 from vlmq.kernels.grid import Grid, QuantizedWeight, to_grid
 
-Choose = Callable[[str], Grid | None]           # in-memory name of a linear to its grid; None keeps it
+Choose = Callable[[str], Grid | None]  # in-memory name of a linear to its grid; None keeps it
 
 
-def packed_folder(variant: str, folder: Path, choose: Choose, dtype: torch.dtype = torch.float16,
-                  max_shard_bytes: int = 10**9) -> dict[str, QuantizedWeight]:
+def packed_folder(
+    variant: str, folder: Path, choose: Choose, dtype: torch.dtype = torch.float16, max_shard_bytes: int = 10**9
+) -> dict[str, QuantizedWeight]:
     """Write `folder` beside `<folder>.source`; the quantized weights by in-memory name. lm_head is always kept."""
     source = tiny_folder(variant, folder.with_suffix(".source"), dtype=dtype)
     model = tiny(variant)
@@ -42,14 +43,24 @@ def packed_folder(variant: str, folder: Path, choose: Choose, dtype: torch.dtype
     writer.close()
     sites = {name: weight.grid for name, weight in weights.items()}
     copy_companions(source, folder, compressed_tensors.quantization_config(sites, linears - set(sites)))
-    manifest.write(folder, manifest.Manifest(
-        vlmq="0", source=manifest.source(source, variant), family=variant, recipe={}, tensors=records, kept=kept,
-        files=manifest.describe(folder)))
+    manifest.write(
+        folder,
+        manifest.Manifest(
+            vlmq="0",
+            source=manifest.source(source, variant),
+            family=variant,
+            recipe={},
+            tensors=records,
+            kept=kept,
+            files=manifest.describe(folder),
+        ),
+    )
     return weights
 
 
-def reference(variant: str, weights: dict[str, QuantizedWeight], stored: torch.dtype = torch.float16,
-              rounded: bool = False) -> nn.Module:
+def reference(
+    variant: str, weights: dict[str, QuantizedWeight], stored: torch.dtype = torch.float16, rounded: bool = False
+) -> nn.Module:
     """The tiny model as the folder has it: values rounded to `stored`, linears replaced by their dequantized weights.
 
     `rounded`: the dequantized weights too, as a reader has them that multiplies codes and scales in that dtype.

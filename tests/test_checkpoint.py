@@ -83,8 +83,10 @@ def test_a_truncated_shard_is_found_when_it_is_opened(copy):
 
 def test_a_missing_shard_is_named(copy):
     (copy / "model.safetensors").unlink()
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
-    with pytest.raises(VlmqError, match="gone.safetensors: the shard is missing"):
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}})
+    )
+    with pytest.raises(VlmqError, match=r"gone\.safetensors: the shard is missing"):
         open_checkpoint(str(copy))
 
 
@@ -103,6 +105,5 @@ def test_a_folder_that_holds_no_vision_language_model_is_refused(tmp_path, confi
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
-    with pytest.raises(VlmqError, match="has no config.json"):
+    with pytest.raises(VlmqError, match=r"has no config\.json"):
         open_checkpoint(str(tmp_path))
-

@@ -92,8 +92,23 @@ def bad_inputs(folder, tmp_path, images):
     }
 
 
-BAD = ("no such model", "not a VLM", "pickles", "truncated", "bits 7", "no such method", "group", "odd group", "exists",
-       "missing image", "no parent", "no recipe", "verify nothing", "run nothing", "run no image")
+BAD = (
+    "no such model",
+    "not a VLM",
+    "pickles",
+    "truncated",
+    "bits 7",
+    "no such method",
+    "group",
+    "odd group",
+    "exists",
+    "missing image",
+    "no parent",
+    "no recipe",
+    "verify nothing",
+    "run nothing",
+    "run no image",
+)
 
 
 @pytest.mark.parametrize("which", BAD)

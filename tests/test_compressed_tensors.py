@@ -52,7 +52,8 @@ def test_we_pack_the_very_tensors_that_compressed_tensors_would(grid):
     weight = weight_on(grid, torch.float32)
     zero = (weight.zero.to(torch.int16) - grid.levels // 2).to(torch.int8)
     theirs = PackedQuantizationCompressor.compress(
-        {"weight": weight.dequantize(), "weight_scale": weight.scale, "weight_zero_point": zero}, scheme_of(grid))
+        {"weight": weight.dequantize(), "weight_scale": weight.scale, "weight_zero_point": zero}, scheme_of(grid)
+    )
     ours = local(compressed_tensors.pack("layer", weight))
     assert ours.keys() == theirs.keys()
     for part, tensor in ours.items():
@@ -62,7 +63,7 @@ def test_we_pack_the_very_tensors_that_compressed_tensors_would(grid):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_unpacking_returns_the_same_codes_scale_and_zero(grid):
-    weight = weight_on(grid, shape=(33, 96))        # rows that do not fill the last word of the zeros
+    weight = weight_on(grid, shape=(33, 96))  # rows that do not fill the last word of the zeros
     found = compressed_tensors.unpack("a.b", compressed_tensors.pack("a.b", weight), grid)
     assert torch.equal(found.codes, weight.codes)
     assert torch.equal(found.scale, weight.scale)
@@ -74,7 +75,8 @@ def test_the_layout_foretells_every_dtype_and_shape(grid):
     tensors = local(compressed_tensors.pack("layer", weight_on(grid)))
     foretold = compressed_tensors.layout((48, 96), grid)
     assert {part: tuple(tensor.shape) for part, tensor in tensors.items()} == {
-        part: shape for part, (_, shape) in foretold.items()}
+        part: shape for part, (_, shape) in foretold.items()
+    }
     assert all(tensors[part].dtype == (dtype or torch.float16) for part, (dtype, _) in foretold.items())
 
 
@@ -92,12 +94,21 @@ def test_the_bytes_of_a_tiny_pack_never_change():
     }
 
 
-@pytest.mark.parametrize(("break_it", "message"), [
-    (lambda tensors: tensors.pop("w.weight_scale"), "w.weight_scale: absent"),
-    (lambda tensors: tensors.update({"w.weight_packed": tensors["w.weight_packed"][:, :-1]}), "w.weight_packed: int32"),
-    (lambda tensors: tensors.update({"w.weight_packed": tensors["w.weight_packed"].long()}), "w.weight_packed: int64"),
-    (lambda tensors: tensors.pop("w.weight_zero_point"), "w.weight_zero_point: absent"),
-])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda tensors: tensors.pop("w.weight_scale"), "w.weight_scale: absent"),
+        (
+            lambda tensors: tensors.update({"w.weight_packed": tensors["w.weight_packed"][:, :-1]}),
+            "w.weight_packed: int32",
+        ),
+        (
+            lambda tensors: tensors.update({"w.weight_packed": tensors["w.weight_packed"].long()}),
+            "w.weight_packed: int64",
+        ),
+        (lambda tensors: tensors.pop("w.weight_zero_point"), "w.weight_zero_point: absent"),
+    ],
+)
 def test_a_broken_pack_is_refused_in_one_line(break_it, message):
     grid = Grid(4, 32, symmetric=False)
     tensors = compressed_tensors.pack("w", weight_on(grid))

@@ -16,7 +16,7 @@ from vlmq.formats.errors import FormatError
 from vlmq.formats.folder import copy_companions, staged
 from vlmq.formats.shards import SafetensorsWriter, headers
 
-MIXED = {                       # element sizes in an order that would misalign if the bytes were simply appended
+MIXED = {  # element sizes in an order that would misalign if the bytes were simply appended
     "a": torch.arange(3, dtype=torch.uint8),
     "b": torch.tensor([1.5, -2.0, 3.0], dtype=torch.float16),
     "c": torch.tensor([[1, 2], [3, 4]], dtype=torch.int64),
@@ -39,7 +39,8 @@ def write(folder: Path, max_shard_bytes: int = 10**9) -> list[Path]:
 
 def same(found: dict[str, torch.Tensor]) -> bool:
     return found.keys() == MIXED.keys() and all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in MIXED.items())
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in MIXED.items()
+    )
 
 
 def test_the_safetensors_library_reads_what_the_writer_wrote(tmp_path):
@@ -65,7 +66,8 @@ def test_shards_are_named_and_indexed_as_transformers_expects(tmp_path):
     count = len(shards)
     assert count > 2
     assert [path.name for path in shards] == [
-        f"model-{shard:05}-of-{count:05}.safetensors" for shard in range(1, count + 1)]
+        f"model-{shard:05}-of-{count:05}.safetensors" for shard in range(1, count + 1)
+    ]
     listed = json.loads(index.read_text())
     assert listed["metadata"]["total_size"] == sum(tensor.nbytes for tensor in MIXED.values())
     found = {}
@@ -87,7 +89,8 @@ def test_headers_tell_dtype_shape_and_bytes_without_reading_tensors(tmp_path):
     write(tmp_path / "out", max_shard_bytes=40)
     found = headers(tmp_path / "out")
     assert {name: (header.dtype, header.shape, header.bytes) for name, header in found.items()} == {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in MIXED.items()}
+        name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in MIXED.items()
+    }
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path):
@@ -125,7 +128,7 @@ def test_a_finished_folder_appears_under_its_name(tmp_path):
 
 @pytest.mark.parametrize("failure", [RuntimeError("half way"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
 def test_a_failed_run_leaves_nothing(failure, tmp_path):
-    with pytest.raises(type(failure)), staged(tmp_path / "out") as stage:   # noqa: PT012
+    with pytest.raises(type(failure)), staged(tmp_path / "out") as stage:  # noqa: PT012
         (stage / "model.safetensors").write_text("half")
         raise failure
     assert os.listdir(tmp_path) == []
@@ -162,12 +165,14 @@ def test_a_missing_parent_is_refused(tmp_path):
 
 
 def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
-    def refuse(path: Path) -> None:             # root writes anywhere, so the mode of a folder would prove nothing
+    def refuse(path: Path) -> None:  # root writes anywhere, so the mode of a folder would prove nothing
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(FormatError, match="cannot be written \\(Permission denied\\); choose another"), \
-            staged(tmp_path / "out"):
+    with (
+        pytest.raises(FormatError, match="cannot be written \\(Permission denied\\); choose another"),
+        staged(tmp_path / "out"),
+    ):
         pytest.fail("the block must not run")
 
 
@@ -179,8 +184,14 @@ def test_companions_come_along_and_weights_pickles_and_code_do_not(tmp_path):
     (tmp_path / "out").mkdir()
     copied = copy_companions(source, tmp_path / "out", {"quant_method": "compressed-tensors"})
     assert sorted(copied) == sorted(os.listdir(tmp_path / "out"))
-    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
-            "chat_template.jinja"} <= set(copied)
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+    } <= set(copied)
     assert not [name for name in copied if name.endswith((".bin", ".py", ".pkl", ".safetensors"))]
 
 
@@ -195,10 +206,15 @@ def test_config_is_verbatim_but_for_the_quantization(tmp_path):
     assert list(after) == [*before, "quantization_config"]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "config.json: absent"), ("{", "not JSON"), ("[]", "not a JSON object"),
-    ('{"quantization_config": {}}', "quantized already"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "config.json: absent"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"quantization_config": {}}', "quantized already"),
+    ],
+)
 def test_a_config_that_cannot_be_used_is_refused(text, message, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)

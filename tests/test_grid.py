@@ -71,5 +71,7 @@ def test_a_grid_that_no_kernel_has_is_refused_at_birth(bits, group):
 
 
 def test_a_group_that_does_not_divide_names_those_that_do():
-    with pytest.raises(ValueError, match=r"96 columns do not divide into groups of 64; choose --group-size 16, 32 or -1"):
+    with pytest.raises(
+        ValueError, match=r"96 columns do not divide into groups of 64; choose --group-size 16, 32 or -1"
+    ):
         Grid(4, 64).width(96)

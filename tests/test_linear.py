@@ -52,12 +52,15 @@ def test_other_dtypes_get_the_reference_from_the_fast_layout_too():
     assert torch.equal(layer(x), F.linear(x, weight.dequantize(), layer.bias))
 
 
-@pytest.mark.parametrize(("grid", "shape"), [
-    (Grid(4, 16), (48, 128)),       # groups torch has no product for
-    (Grid(8, 32), (48, 128)),       # bits it has none for
-    (Grid(4, 32), (40, 128)),       # rows that do not fill its tiles
-    (Grid(4, ROW), (48, 72)),       # columns that do not fill the last block
-])
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    [
+        (Grid(4, 16), (48, 128)),  # groups torch has no product for
+        (Grid(8, 32), (48, 128)),  # bits it has none for
+        (Grid(4, 32), (40, 128)),  # rows that do not fill its tiles
+        (Grid(4, ROW), (48, 72)),  # columns that do not fill the last block
+    ],
+)
 def test_a_weight_without_a_fast_product_stays_as_it_is(grid, shape):
     layer, weight = layer_on(grid, shape)
     before = layer(torch.ones(1, shape[1]))
@@ -74,7 +77,7 @@ def test_the_weight_is_the_same_bits_after_the_fast_layout_and_back(bits, symmet
     layer, weight = layer_on(Grid(bits, 32, symmetric))
     packed = layer.qweight
     layer.to_fast()
-    assert layer.qweight is None        # one copy of the codes at a time
+    assert layer.qweight is None  # one copy of the codes at a time
     assert same(layer.quantized(), weight)
     layer.to_portable()
     assert torch.equal(layer.qweight, packed)
@@ -95,7 +98,7 @@ def test_the_layer_holds_a_fraction_of_the_dense_bytes():
     dense = nn.Linear(512, 256, bias=False, dtype=torch.float16)
     assert 3.7 * held(layer) < held(dense)
     layer.to_fast()
-    assert 3.3 * held(layer) < held(dense)      # torch wants a scale and an offset for every group
+    assert 3.3 * held(layer) < held(dense)  # torch wants a scale and an offset for every group
 
 
 def held(module: nn.Module) -> int:

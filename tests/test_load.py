@@ -53,8 +53,9 @@ def logits(model: nn.Module, variant: str) -> torch.Tensor:
 def equals_reference(model: nn.Module, variant: str, weights: dict[str, QuantizedWeight]) -> bool:
     """Bit for bit, in the precision the reader multiplies in: transformers 5.23 in the scales' own."""
     found = logits(model, variant)
-    return any(torch.equal(found, logits(reference(variant, weights, rounded=rounded), variant))
-               for rounded in (True, False))
+    return any(
+        torch.equal(found, logits(reference(variant, weights, rounded=rounded), variant)) for rounded in (True, False)
+    )
 
 
 @contextlib.contextmanager
@@ -66,16 +67,18 @@ def quiet():
 
 def by_transformers(folder: Path) -> nn.Module:
     with quiet():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, info = loaded
     assert not {key: names for key, names in info.items() if names}
     return model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("choose", [everything(Grid(4, 32, symmetric=False)), mixed, mixed_asymmetric],
-                         ids=["one grid", "mixed", "mixed asymmetric"])
+@pytest.mark.parametrize(
+    "choose",
+    [everything(Grid(4, 32, symmetric=False)), mixed, mixed_asymmetric],
+    ids=["one grid", "mixed", "mixed asymmetric"],
+)
 def test_a_loaded_export_answers_as_the_dequantized_reference(variant, choose, tmp_path):
     weights = packed_folder(variant, tmp_path / "out", choose)
     expected = reference(variant, weights)
@@ -130,7 +133,8 @@ def test_a_16_bit_model_has_the_dtypes_transformers_gives_it_and_runs(variant, d
     dtypes = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
     ours = model.state_dict()
     assert {name: ours[name].dtype for name in dtypes.keys() & ours.keys()} == {
-        name: dtypes[name] for name in dtypes.keys() & ours.keys()}
+        name: dtypes[name] for name in dtypes.keys() & ours.keys()
+    }
     expected = logits(reference(variant, weights, stored=torch.bfloat16), variant)
     assert torch.nn.functional.cosine_similarity(logits(model, variant).float(), expected, dim=-1).min() > 0.999
 
@@ -164,13 +168,14 @@ def test_the_loaded_weights_are_bit_for_bit_those_that_were_packed(variant, tmp_
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_buffers_that_no_file_holds_have_their_values(variant, tmp_path):
     expected = dict(tiny(variant).named_buffers())
-    assert expected or variant == "blip2-opt"       # which has none
+    assert expected or variant == "blip2-opt"  # which has none
     empty = skeleton(tiny(variant).config)
     assert all(parameter.is_meta for parameter in empty.parameters())
     found = dict(empty.named_buffers())
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], buffer) and found[name].dtype == buffer.dtype
-               for name, buffer in expected.items())
+    assert all(
+        torch.equal(found[name], buffer) and found[name].dtype == buffer.dtype for name, buffer in expected.items()
+    )
 
 
 def test_tied_weights_stay_one_tensor(tmp_path):
@@ -199,8 +204,11 @@ def test_names_of_the_hub_load_to_the_same_model(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     names = memory_names(tensors, tiny("llava-llama"))
     assert any(name.startswith("vision_tower.encoder") for name in names)
-    save_file({name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "vlmq.json").unlink()
     expected = logits(reference("llava-llama", weights), "llava-llama")
     assert torch.equal(logits(load(folder), "llava-llama"), expected)
@@ -220,13 +228,16 @@ def test_sharded_files_load_to_the_same_model(tmp_path):
 FC1 = "vision_model.encoder.layers.0.mlp.fc1"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors: tensors.pop(f"{FC1}.weight_scale"), f"{FC1}.weight_scale: absent"),
-    (lambda tensors: tensors.pop(f"{FC1}.bias"), f"{FC1}.bias: absent"),
-    (lambda tensors: tensors.pop("query_tokens"), "query_tokens absent"),
-    (lambda tensors: tensors.update(stray=torch.zeros(1)), "stray not part of the model"),
-    (lambda tensors: tensors.update(query_tokens=torch.zeros(1, 2, 64)), "query_tokens has shape (1, 2, 64)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{FC1}.weight_scale"), f"{FC1}.weight_scale: absent"),
+        (lambda tensors: tensors.pop(f"{FC1}.bias"), f"{FC1}.bias: absent"),
+        (lambda tensors: tensors.pop("query_tokens"), "query_tokens absent"),
+        (lambda tensors: tensors.update(stray=torch.zeros(1)), "stray not part of the model"),
+        (lambda tensors: tensors.update(query_tokens=torch.zeros(1, 2, 64)), "query_tokens has shape (1, 2, 64)"),
+    ],
+)
 def test_a_folder_whose_tensors_are_not_the_models_is_refused(change, message, tmp_path):
     packed_folder("blip2-opt", tmp_path / "out", everything(Grid(4, 32)))
     tensors = load_file(tmp_path / "out/model.safetensors")

@@ -54,16 +54,27 @@ def test_a_whole_folder_is_covered(exported):
     assert listed == manifest.read(exported)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors: tensors.pop(f"{SITE}.weight_packed"), f"{SITE}.weight_packed: absent"),
-    (lambda tensors: tensors.pop(f"{SITE}.weight_zero_point"), f"{SITE}.weight_zero_point: absent"),
-    (lambda tensors: tensors.update({f"{SITE}.weight_scale": torch.zeros(1, 1)}), f"{SITE}.weight_scale: "),
-    (lambda tensors: tensors.update({f"{SITE}.weight_scale": tensors[f"{SITE}.weight_scale"].float()}), "bytes packed"),
-    (lambda tensors: tensors.update({f"{SITE}.weight": torch.zeros(2, 2)}), f"{SITE}.weight: stored in full"),
-    (lambda tensors: tensors.update({"stray.weight_packed": torch.zeros(2, 2)}), "stray.weight_packed: packed, but"),
-    (lambda tensors: tensors.update({"vision_model.encoder.layers.0.mlp.fc1.weight_zero_point": torch.zeros(1)}),
-     "weight_zero_point: not expected"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{SITE}.weight_packed"), f"{SITE}.weight_packed: absent"),
+        (lambda tensors: tensors.pop(f"{SITE}.weight_zero_point"), f"{SITE}.weight_zero_point: absent"),
+        (lambda tensors: tensors.update({f"{SITE}.weight_scale": torch.zeros(1, 1)}), f"{SITE}.weight_scale: "),
+        (
+            lambda tensors: tensors.update({f"{SITE}.weight_scale": tensors[f"{SITE}.weight_scale"].float()}),
+            "bytes packed",
+        ),
+        (lambda tensors: tensors.update({f"{SITE}.weight": torch.zeros(2, 2)}), f"{SITE}.weight: stored in full"),
+        (
+            lambda tensors: tensors.update({"stray.weight_packed": torch.zeros(2, 2)}),
+            "stray.weight_packed: packed, but",
+        ),
+        (
+            lambda tensors: tensors.update({"vision_model.encoder.layers.0.mlp.fc1.weight_zero_point": torch.zeros(1)}),
+            "weight_zero_point: not expected",
+        ),
+    ],
+)
 def test_a_folder_whose_tensors_differ_is_refused(exported, change, message):
     change_tensors(exported, change)
     assert message in refusal(exported)
@@ -100,12 +111,15 @@ def test_a_linear_cannot_be_both_quantized_and_kept(exported):
     assert "listed as quantized and as kept" in refusal(exported)
 
 
-@pytest.mark.parametrize(("break_it", "message"), [
-    (lambda folder: (folder / "vlmq.json").unlink(), "No such file"),
-    (lambda folder: (folder / "vlmq.json").write_text("{"), "Invalid JSON"),
-    (lambda folder: edit(folder, surprise=1), "surprise: Extra inputs"),
-    (lambda folder: edit(folder, version=99), "version 99; this release"),
-])
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "vlmq.json").unlink(), "No such file"),
+        (lambda folder: (folder / "vlmq.json").write_text("{"), "Invalid JSON"),
+        (lambda folder: edit(folder, surprise=1), "surprise: Extra inputs"),
+        (lambda folder: edit(folder, version=99), "version 99; this release"),
+    ],
+)
 def test_a_manifest_that_cannot_be_read_is_refused(exported, break_it, message):
     break_it(exported)
     assert message in refusal(exported)

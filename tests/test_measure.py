@@ -29,21 +29,29 @@ def vlm(tiny_folders):
 
 def opened(folder, variant):
     model = load(folder)
-    return TorchVlm(model, processor(variant), family_of(model.config))
+    return TorchVlm(model, processor(variant))
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_folders, random_samples):
     """The tiny BLIP-2 measured in a process of its own, and what was told of its progress."""
     told = []
-    found = measure(tiny_folders["blip2-opt"], "torch", random_samples, timed=3, probes=5, batch_size=5,
-                    max_new_tokens=4, progress=lambda *place: told.append(place))
+    found = measure(
+        tiny_folders["blip2-opt"],
+        "torch",
+        random_samples,
+        timed=3,
+        probes=5,
+        batch_size=5,
+        max_new_tokens=4,
+        progress=lambda *place: told.append(place),
+    )
     return found, told
 
 
 def test_a_fresh_process_answers_as_this_one_does(measured, vlm, random_samples):
     found, _ = measured
-    here = answer_all(vlm, random_samples, vlm.family, batch_size=1, max_new_tokens=4)
+    here = answer_all(vlm, random_samples, family_of(vlm.model.config), batch_size=1, max_new_tokens=4)
     assert found.texts == [answer.text for answer in here]
     assert found.tokens == [answer.tokens for answer in here]
 
@@ -51,7 +59,9 @@ def test_a_fresh_process_answers_as_this_one_does(measured, vlm, random_samples)
 def test_a_fresh_process_puts_out_what_this_one_does_for_every_component(measured, vlm, random_samples):
     found, _ = measured
     probes = random_samples[:5]
-    here = outputs_of(vlm, images_of(probes), [vlm.family.question.format(sample.text) for sample in probes])
+    here = outputs_of(
+        vlm, images_of(probes), [family_of(vlm.model.config).question.format(sample.text) for sample in probes]
+    )
     assert found.outputs.keys() == here.keys() == {"vision", "connector", "language"}
     for component, output in here.items():
         assert output.std() > 0
@@ -118,7 +128,7 @@ def test_text_without_an_image_cannot_be_evaluated():
 
 
 def test_a_worker_that_refuses_says_so_in_its_own_line(tmp_path, tiny_folders, random_samples, monkeypatch):
-    request = Request(str(tiny_folders["llava-llama"]), "onnx", list(random_samples), [], [])     # it has no graphs
+    request = Request(str(tiny_folders["llava-llama"]), "onnx", list(random_samples), [], [])  # it has no graphs
     request.write(tmp_path / "request.json")
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
     assert worker.main() == 2
@@ -136,7 +146,7 @@ def test_a_request_travels_unchanged(tmp_path, random_samples):
 def test_the_vision_output_of_llava_is_what_its_projector_reads(tmp_path, variant, random_samples):
     vlm = opened(tiny_folder(variant, tmp_path / variant), variant)
     images = images_of(random_samples[:2])
-    outputs = outputs_of(vlm, images, [vlm.family.question.format("?")] * 2)
+    outputs = outputs_of(vlm, images, [family_of(vlm.model.config).question.format("?")] * 2)
     pixels = vlm.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = vlm.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
@@ -157,13 +167,16 @@ class Echo:
 def test_answers_come_in_the_order_of_the_samples_and_an_image_is_decoded_once_a_batch(random_samples, vlm):
     samples = [
         Sample(f"{number}-{image.id}", image.image, "question", "why? " * (1 + number * 7 % 3))
-        for number in range(4) for image in random_samples[:3]
+        for number in range(4)
+        for image in random_samples[:3]
     ]
     echo = Echo()
-    answers = answer_all(echo, samples, vlm.family, batch_size=8)
-    assert [answer.text for answer in answers] == [vlm.family.question.format(sample.text) for sample in samples]
+    answers = answer_all(echo, samples, family_of(vlm.model.config), batch_size=8)
+    assert [answer.text for answer in answers] == [
+        family_of(vlm.model.config).question.format(sample.text) for sample in samples
+    ]
     images, _ = echo.batches[0]
-    assert len({id(image) for image in images}) == 2      # four questions about each image, together
+    assert len({id(image) for image in images}) == 2  # four questions about each image, together
 
 
 def test_batches_hold_every_sample_once_and_start_with_the_longest_prompts(random_samples):

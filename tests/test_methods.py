@@ -66,7 +66,7 @@ def test_the_scale_awq_chooses_is_that_of_an_exhaustive_search_on_the_outputs(in
     best = min((step / 20 for step in range(20)), key=loss)
     found = awq.rescale([weight], statistics, [grid], HALF)
     torch.testing.assert_close(found, awq.candidate(statistics, best))
-    assert best > 0                         # fault 1: a search that always picks "no scaling"
+    assert best > 0  # fault 1: a search that always picks "no scaling"
     assert loss(best) < 0.5 * loss(0)
 
 
@@ -104,3 +104,10 @@ def test_quantizing_stacked_rows_equals_quantizing_them_apart(method, inputs, we
         part = solve(weight[rows], statistics, grid, HALF)
         assert torch.equal(part.codes, whole.codes[rows])
         assert torch.equal(part.scale, whole.scale[rows])
+
+
+def test_the_extremes_of_a_scale_are_each_other_s_inverse(inputs):
+    """So a fold neither overflows nor underflows half precision, however large the inputs are."""
+    scale = awq.candidate(seen(inputs * 1e4), 0.95)
+    torch.testing.assert_close(scale.max() * scale.min(), torch.tensor(1.0))
+    assert scale.max() > 2

@@ -98,4 +98,5 @@ def test_a_module_is_renamed_like_its_tensors():
     model = skeleton(tiny("llava-llama").config)
     assert memory_name("language_model.lm_head", model) == "lm_head"
     assert memory_name("vision_tower.vision_model.encoder.layers.0.mlp.fc1", model) == (
-        "model.vision_tower.encoder.layers.0.mlp.fc1")
+        "model.vision_tower.encoder.layers.0.mlp.fc1"
+    )

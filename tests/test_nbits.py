@@ -43,15 +43,21 @@ def through_onnxruntime(packed: nbits.NBitsWeight, x: np.ndarray) -> np.ndarray:
     if packed.qzeros is not None:
         tensors["zero_points"] = packed.qzeros
     weights = [ir.Value(name=name, const_value=ir.tensor(value.numpy(), name=name)) for name, value in tensors.items()]
-    size = {"K": packed.columns, "N": packed.qweight.shape[0], "bits": nbits.CONTAINERS[packed.grid.bits],
-            "block_size": packed.block, "accuracy_level": 0}
+    size = {
+        "K": packed.columns,
+        "N": packed.qweight.shape[0],
+        "bits": nbits.CONTAINERS[packed.grid.bits],
+        "block_size": packed.block,
+        "accuracy_level": 0,
+    }
     a = ir.Value(name="A", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
     y = ir.Value(name="Y", shape=ir.Shape((len(x), size["N"])), type=ir.TensorType(ir.DataType.FLOAT))
     node = ir.node("MatMulNBits", [a, *weights], size, domain="com.microsoft", outputs=[y])
     opsets = {"": 20, "com.microsoft": 1}
     graph = ir.Graph([a], [y], nodes=[node], initializers=weights, opset_imports=opsets, name="one")
     session = onnxruntime.InferenceSession(
-        ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), providers=["CPUExecutionProvider"])
+        ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {"A": x})[0]
 
 
@@ -82,7 +88,7 @@ def test_one_flipped_bit_of_a_packed_weight_is_another_weight(bits):
     packed = nbits.pack(weight)
     packed.qweight[2, 1, 3] ^= 1
     changed = (nbits.unpack(packed).codes != weight.codes).nonzero().tolist()
-    assert changed == [[2, 32 + 3 * 8 // nbits.CONTAINERS[bits]]]       # the low bit of a byte is in its first code
+    assert changed == [[2, 32 + 3 * 8 // nbits.CONTAINERS[bits]]]  # the low bit of a byte is in its first code
 
 
 def test_four_bit_codes_lie_low_nibble_first():

@@ -36,8 +36,11 @@ def session(variant: str, part: str) -> onnxruntime.InferenceSession:
 
 def unread(variant: str) -> set[str]:
     """LLaVA reads hidden layer -2, so the last of CLIP's three blocks is no part of the answer."""
-    return set() if variant == "blip2-opt" else {
-        name for name in exported(variant).weights if "vision_tower.encoder.layers.2." in name}
+    return (
+        set()
+        if variant == "blip2-opt"
+        else {name for name in exported(variant).weights if "vision_tower.encoder.layers.2." in name}
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,9 +144,15 @@ def test_a_decoder_step_after_any_past_continues_the_prompt():
     empty = {slot.name: np.zeros((2, slot.shape[1], 0, slot.shape[3]), np.float32) for slot in slots}
 
     def run(start: int, stop: int, past: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return decoder.run(None, {
-            "inputs_embeds": embeds[:, start:stop], "attention_mask": np.ones((2, stop), np.int64),
-            "position_ids": np.tile(np.arange(start, stop), (2, 1)), **past})
+        return decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds[:, start:stop],
+                "attention_mask": np.ones((2, stop), np.int64),
+                "position_ids": np.tile(np.arange(start, stop), (2, 1)),
+                **past,
+            },
+        )
 
     whole = run(0, 7, empty)[0]
     for cut in (1, 4, 6):
@@ -163,14 +172,20 @@ def test_a_sliding_window_is_in_the_graph():
         hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         expected = model.lm_head(hidden).numpy()
     decoder = onnxruntime.InferenceSession(
-        ir.to_proto(trace(model, "decoder_model_merged")).SerializeToString(), providers=["CPUExecutionProvider"])
+        ir.to_proto(trace(model, "decoder_model_merged")).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     past = [np.zeros((2, slot.shape[1], 0, slot.shape[3]), np.float32) for slot in decoder.get_inputs()[3:]]
     logits = []
     for step in range(9):
-        out, *past = decoder.run(None, {
-            "inputs_embeds": embeds[:, step : step + 1].numpy(), "attention_mask": mask[:, : step + 1].numpy(),
-            "position_ids": np.full((2, 1), step),
-            **{slot.name: value for slot, value in zip(decoder.get_inputs()[3:], past, strict=True)}})
+        out, *past = decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds[:, step : step + 1].numpy(),
+                "attention_mask": mask[:, : step + 1].numpy(),
+                "position_ids": np.full((2, 1), step),
+                **{slot.name: value for slot, value in zip(decoder.get_inputs()[3:], past, strict=True)},
+            },
+        )
         logits.append(out)
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
 
@@ -178,8 +193,11 @@ def test_a_sliding_window_is_in_the_graph():
 def test_weights_that_float16_holds_take_two_bytes_and_others_four():
     model = half("llava-llama")
     model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = 1 / 3
-    weights = [tensor for tensor in trace(model, "vision_encoder").graph.initializers.values()
-               if tensor.const_value.size * 4 > INLINE_BYTES]
+    weights = [
+        tensor
+        for tensor in trace(model, "vision_encoder").graph.initializers.values()
+        if tensor.const_value.size * 4 > INLINE_BYTES
+    ]
     assert sum(weight.dtype == ir.DataType.FLOAT for weight in weights) == 1
     assert sum(weight.dtype == ir.DataType.FLOAT16 for weight in weights) > 10
 
@@ -193,7 +211,7 @@ def test_a_table_stays_in_half_precision_in_memory_too():
 @pytest.mark.parametrize(("grid", "expected"), [(Grid(5, 32), 4), (Grid(3, 32), 0)])
 def test_eight_bits_are_never_asked_for_below_int8_activations(grid, expected):
     model = half("llava-llama")
-    model.config.vision_feature_layer = 0       # the projector alone
+    model.config.vision_feature_layer = 0  # the projector alone
     quantize(model.model.multi_modal_projector, grid)
     nodes = [node for node in trace(model, "vision_encoder", accuracy_level=0).graph if node.op_type == "MatMulNBits"]
     assert [node.attributes["accuracy_level"].as_int() for node in nodes] == [expected, expected]

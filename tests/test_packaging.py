@@ -16,7 +16,9 @@ def listed():
 def test_the_listed_packages_are_the_directories_that_hold_modules():
     """An unlisted one would be missing from the wheel without a word."""
     found = {"vlmq"} | {
-        ".".join(("vlmq", *file.parent.relative_to(ROOT).parts)) for room in ROOMS for file in (ROOT / room).rglob("*.py")
+        ".".join(("vlmq", *file.parent.relative_to(ROOT).parts))
+        for room in ROOMS
+        for file in (ROOT / room).rglob("*.py")
     }
     assert listed() == found
 
@@ -32,12 +34,21 @@ def test_a_wheel_holds_all_that_the_command_needs(tmp_path):
     )
     (wheel,) = tmp_path.glob("vlmq-*.whl")
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel],
+        check=True,
+        capture_output=True,
+    )
     code = (
         "import vlmq, vlmq.cli, vlmq.exporter.pipeline\nfrom vlmq.exporter.demo.catalog import CHECKPOINTS\n"
         "print(vlmq.__file__, all((folder / 'model.safetensors').is_file() for folder in CHECKPOINTS.values()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.split() == [str(site / "vlmq" / "__init__.py"), "True"]

@@ -45,7 +45,7 @@ def exported(request, tiny_folders, pictures, tmp_path_factory):
 
 
 def dequantized(source, folder):
-    """The reference of an export: the source in float32 with the manifest's linears replaced by what is in the files."""
+    """The reference of an export: the source in float32, its quantized linears replaced by what is in the files."""
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     tensors = load_file(folder / "model.safetensors")
     tensors |= {
@@ -69,7 +69,7 @@ def questions(variant, source, count=4):
 
 
 def test_every_linear_is_in_the_manifest_as_quantized_or_as_kept(exported):
-    variant, source, folder = exported
+    variant, _source, folder = exported
     made = manifest.read(folder)
     model = tiny.tiny(variant)
     names = memory_names([*made.tensors, *made.kept], model)
@@ -77,7 +77,9 @@ def test_every_linear_is_in_the_manifest_as_quantized_or_as_kept(exported):
     assert set(names.values()) == linears
     assert not set(made.tensors) & set(made.kept)
     assert set(made.tensors) == {
-        name.removesuffix(".weight_packed") for name in load_file(folder / "model.safetensors") if name.endswith(".weight_packed")
+        name.removesuffix(".weight_packed")
+        for name in load_file(folder / "model.safetensors")
+        if name.endswith(".weight_packed")
     }
     manifest.coverage(folder)
 
@@ -88,7 +90,7 @@ def test_transformers_loads_the_export_and_gives_the_dequantized_model_s_tokens(
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     images, prompts = questions(variant, source)
     inputs = AutoProcessor.from_pretrained(folder)(images=images, text=prompts, padding=True, return_tensors="pt")
-    found = model.generate(**inputs, do_sample=False, max_new_tokens=8)         # before any forward
+    found = model.generate(**inputs, do_sample=False, max_new_tokens=8)  # before any forward
     expected = dequantized(source, folder).generate(**inputs, do_sample=False, max_new_tokens=8)
     assert torch.equal(found, expected)
 
@@ -105,28 +107,34 @@ def test_the_weights_in_onnx_are_those_in_safetensors_bit_for_bit(exported):
     variant, source, folder = exported
     state = dequantized(source, folder).state_dict()
     names = memory_names(manifest.read(folder).tensors, tiny.tiny(variant))
-    graphs = {name: weight for file in sorted((folder / "onnx").glob("*.onnx")) for name, weight in read_weights(file).items()}
+    graphs = {
+        name: weight for file in sorted((folder / "onnx").glob("*.onnx")) for name, weight in read_weights(file).items()
+    }
     assert set(graphs) == set(names.values())
     for name, weight in graphs.items():
         assert torch.equal(weight.dequantize(), state[f"{name}.weight"])
 
 
 def test_what_was_neither_quantized_nor_folded_is_the_source_s_byte_for_byte(exported):
-    variant, source, folder = exported
+    _variant, source, folder = exported
     before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
     sources = {entry.fold.split(" ")[0] for entry in manifest.read(folder).tensors.values() if entry.fold}
     same = [name for name in after if name in before and name.rpartition(".")[0] not in sources]
     assert len(same) > 10
     for name in same:
         assert torch.equal(before[name], after[name])
-    assert {name for name in before if name not in after} == {f"{name}.weight" for name in manifest.read(folder).tensors}
+    assert {name for name in before if name not in after} == {
+        f"{name}.weight" for name in manifest.read(folder).tensors
+    }
 
 
 def test_the_same_request_gives_the_same_bytes(tiny_folders, pictures, tmp_path):
     folders = []
     for name in ("one", "two"):
         done = export(request(tiny_folders["llava-mistral"], tmp_path / name, pictures))
-        folders.append({file.relative_to(done.folder): file.read_bytes() for file in done.folder.rglob("*") if file.is_file()})
+        folders.append(
+            {file.relative_to(done.folder): file.read_bytes() for file in done.folder.rglob("*") if file.is_file()}
+        )
     assert folders[0].keys() == folders[1].keys()
     for name, content in folders[0].items():
         assert content == folders[1][name], name
@@ -147,12 +155,15 @@ def test_safetensors_alone_holds_no_graphs(tiny_folders, pictures, tmp_path):
 
 
 def test_rows_of_q_and_k_left_alone_are_written_dense_and_said_to_be(tiny_folders, pictures, tmp_path):
-    done = export(request(tiny_folders["blip2-opt"], tmp_path / "out", pictures, formats="safetensors", recipe={"qkv": "v-only"}))
+    done = export(
+        request(tiny_folders["blip2-opt"], tmp_path / "out", pictures, formats="safetensors", recipe={"qkv": "v-only"})
+    )
     made = manifest.coverage(done.folder)
     entry = made.tensors["vision_model.encoder.layers.0.self_attn.qkv"]
     assert entry.stored.startswith("dense")
-    model, info = AutoModelForImageTextToText.from_pretrained(done.folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    _model, info = AutoModelForImageTextToText.from_pretrained(done.folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
 
 
 def test_a_method_that_looks_at_no_input_is_said_to_have_used_none(tiny_folders, tmp_path):

@@ -3,6 +3,7 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText
 
+from vlmq.exporter import folds
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
@@ -102,7 +103,9 @@ def test_v_only_leaves_the_rows_of_q_and_k_as_they_were(tiny_folders, random_sam
 
 def test_rounding_to_nearest_needs_no_samples_and_gives_the_same_without(tiny_folders, random_samples):
     folder = tiny_folders["llava-llama"]
-    with_samples, without = (sites(run(folder, "llava-llama", samples, method="rtn")[0]) for samples in (random_samples, None))
+    with_samples, without = (
+        sites(run(folder, "llava-llama", samples, method="rtn")[0]) for samples in (random_samples, None)
+    )
     for name, solved in with_samples.items():
         assert torch.equal(solved.weight.codes, without[name].weight.codes)
 
@@ -128,7 +131,8 @@ def test_one_block_at_most_is_in_memory(variant, tiny_folders, random_samples):
         seen.append(sum(not next(model.get_submodule(block.name).parameters()).is_meta for block in found.blocks))
 
     run(tiny_folders[variant], variant, random_samples, watch)
-    assert seen and max(seen) == 1
+    assert seen
+    assert max(seen) == 1
 
 
 def test_the_same_input_gives_the_same_codes(tiny_folders, random_samples):
@@ -143,7 +147,21 @@ def test_text_alone_calibrates_the_language_model_and_nothing_before_it(tiny_fol
     kept = {"vision": {"bits": 16}, "connector": {"bits": 16}}
     blocks, _ = run(tiny_folders["llava-llama"], "llava-llama", text, components=kept)
     assert {block.block.component for block in blocks if block.sites} == {"language"}
-    with pytest.raises(VlmqError, match="no sample has an image, and the vision sees nothing else; pass --vision-bits 16"):
+    with pytest.raises(
+        VlmqError, match="no sample has an image, and the vision sees nothing else; pass --vision-bits 16"
+    ):
         run(tiny_folders["llava-llama"], "llava-llama", text)
     with pytest.raises(VlmqError, match="blip-2 reads no prompt without an image"):
         run(tiny_folders["blip2-opt"], "blip2-opt", text, components=kept)
+
+
+def test_a_fold_that_changes_a_block_stops_the_export_and_names_it(tiny_folders, random_samples, monkeypatch):
+    """Promise 2, held where it counts: a fold that forgets what makes the input."""
+
+    def forgetful(entry, scale, model):
+        for site in entry.sites:
+            model.get_submodule(site.name).weight *= scale
+
+    monkeypatch.setattr(folds, "fold", forgetful)
+    with pytest.raises(VlmqError, match=r"vision_model\.encoder\.layers\.0: folding changed its output"):
+        run(tiny_folders["blip2-opt"], "blip2-opt", random_samples)

@@ -76,5 +76,5 @@ def test_a_recipe_file_says_what_flags_would(found, tmp_path):
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
     file = tmp_path / "broken.yaml"
     file.write_text(text)
-    with pytest.raises(VlmqError, match="broken.yaml"):
+    with pytest.raises(VlmqError, match=r"broken\.yaml"):
         read_recipe(file)

@@ -34,7 +34,7 @@ def test_onnxruntime_answers_with_the_tokens_of_the_fake_quantized_model(models)
     expected = dense.generate(*asked)
     assert graphs.generate(*asked) == expected
     assert packed.generate(*asked) == expected
-    assert len({tuple(answer.tokens) for answer in expected}) > 1       # they do depend on what is asked
+    assert len({tuple(answer.tokens) for answer in expected}) > 1  # they do depend on what is asked
 
 
 def test_an_answer_does_not_depend_on_what_shares_its_batch(models):
@@ -49,7 +49,8 @@ def test_image_features_and_logits_agree_to_float32_rounding(models):
     variant, graphs, _, dense = models
     np.testing.assert_allclose(graphs.image_features(pictures()), dense.image_features(pictures()).numpy(), atol=2e-5)
     np.testing.assert_allclose(
-        graphs.next_logits(pictures(), prompts(variant)), dense.next_logits(pictures(), prompts(variant)), atol=2e-5)
+        graphs.next_logits(pictures(), prompts(variant)), dense.next_logits(pictures(), prompts(variant)), atol=2e-5
+    )
 
 
 def test_logits_change_with_the_picture(models):
@@ -67,8 +68,8 @@ def test_pytorch_answers_with_the_tokens_of_transformers_generate(models):
         inputs = processor(variant)(images=picture, text=prompt, return_tensors="pt")
         with torch.no_grad():
             tokens = dense.model.generate(**inputs, do_sample=False, max_new_tokens=STEPS)
-        new = tokens[0, inputs["input_ids"].shape[1]:].tolist()
-        assert answer.tokens == (new[:new.index(2)] if 2 in new else new)
+        new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        assert answer.tokens == (new[: new.index(2)] if 2 in new else new)
 
 
 def test_an_answer_ends_before_the_end_of_sequence_token(models):

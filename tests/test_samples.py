@@ -26,8 +26,9 @@ def picture(path, seed=0, size=(8, 6)):
     return path
 
 
-def vqa_folder(folder, questions="questions.json", annotations="annotations.json", image="images/{}.png", ids=(7, 42),
-               **header):
+def vqa_folder(
+    folder, questions="questions.json", annotations="annotations.json", image="images/{}.png", ids=(7, 42), **header
+):
     """Two questions about each image, in VQAv2's format."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answered = [], []
@@ -62,8 +63,12 @@ def test_a_vqa_folder_is_read_with_questions_answers_and_images(tmp_path):
 @pytest.mark.parametrize("place", ["val2014/", "images/", "", "../val2014/"])
 def test_official_vqa_files_are_found_by_their_names(tmp_path, place):
     folder = vqa_folder(
-        tmp_path / "vqa", "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json",
-        place + "COCO_val2014_{:012d}.jpg", data_subtype="val2014")
+        tmp_path / "vqa",
+        "v2_OpenEnded_mscoco_val2014_questions.json",
+        "v2_mscoco_val2014_annotations.json",
+        place + "COCO_val2014_{:012d}.jpg",
+        data_subtype="val2014",
+    )
     samples = read(folder, count=None).samples
     names = {sample.image.name for sample in samples}
     assert names == {"COCO_val2014_000000000007.jpg", "COCO_val2014_000000000042.jpg"}
@@ -73,8 +78,10 @@ def test_official_vqa_files_are_found_by_their_names(tmp_path, place):
 
 def test_coco_captions_give_one_request_an_image_with_all_captions(tmp_path):
     picture(tmp_path / "images/3.png")
-    content = {"images": [{"id": 3, "file_name": "3.png"}],
-               "annotations": [{"image_id": 3, "caption": "a cat"}, {"image_id": 3, "caption": "one cat"}]}
+    content = {
+        "images": [{"id": 3, "file_name": "3.png"}],
+        "annotations": [{"image_id": 3, "caption": "a cat"}, {"image_id": 3, "caption": "one cat"}],
+    }
     (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
     expected = (Sample("caption-3", tmp_path / "images/3.png", "caption", answers=("a cat", "one cat")),)
     assert read(tmp_path).samples == expected
@@ -83,9 +90,11 @@ def test_coco_captions_give_one_request_an_image_with_all_captions(tmp_path):
 
 def test_a_jsonl_has_prompts_questions_and_captions_with_images_beside_it(tmp_path):
     picture(tmp_path / "a/cat.png")
-    lines = [{"image": "a/cat.png", "prompt": "the cat is"},
-             {"image": "a/cat.png", "question": "What is it?", "answer": "cat", "answer_type": "other"},
-             {"image": "a/cat.png", "answers": ["a cat", "one cat"]}]
+    lines = [
+        {"image": "a/cat.png", "prompt": "the cat is"},
+        {"image": "a/cat.png", "question": "What is it?", "answer": "cat", "answer_type": "other"},
+        {"image": "a/cat.png", "answers": ["a cat", "one cat"]},
+    ]
     (tmp_path / "mine.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     prompt, question, caption = sorted(read(tmp_path / "mine.jsonl", count=None).samples, key=lambda sample: sample.id)
     assert (prompt.kind, prompt.text, prompt.image) == ("prompt", "the cat is", tmp_path / "a/cat.png")
@@ -124,7 +133,10 @@ def test_a_question_goes_into_the_familys_template():
 
 
 def test_a_prompt_is_used_as_written_unless_the_family_needs_to_know_where_the_image_goes():
-    bare, marked = Sample("1", Path("x.png"), "prompt", "the cat is"), Sample("2", Path("x.png"), "prompt", "<image> the cat is")
+    bare, marked = (
+        Sample("1", Path("x.png"), "prompt", "the cat is"),
+        Sample("2", Path("x.png"), "prompt", "<image> the cat is"),
+    )
     assert prompt_of(bare, BLIP2) == "the cat is"
     assert prompt_of(bare, LLAVA) == "USER: <image>\nthe cat is ASSISTANT:"
     assert prompt_of(marked, LLAVA) == "<image> the cat is"
@@ -152,7 +164,7 @@ def test_a_draw_does_not_depend_on_the_order_and_grows_without_changing():
 def test_a_draw_favours_no_sample():
     samples = [Sample(str(number), None, "prompt", "x") for number in range(10)]
     times = sum(sample.id == "3" for seed in range(2000) for sample in draw(samples, 3, seed))
-    assert 510 < times < 690      # 600 expected; the standard deviation is 20
+    assert 510 < times < 690  # 600 expected; the standard deviation is 20
 
 
 # ----------------------------------------------------------------------------------------------- leakage
@@ -241,7 +253,7 @@ def test_a_source_that_is_neither_a_file_nor_a_name_is_one_line(source):
 
 
 def test_a_hub_name_without_the_extra_says_what_to_install_or_pass(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)      # as if it were not installed
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(VlmqError, match=r"vlmq\[datasets\].*--calibration") as error:
         read("owner/name")
     one_line(error)
@@ -301,7 +313,7 @@ def test_what_is_no_image_is_named(tmp_path):
 
 def test_an_image_too_large_to_be_safe_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = picture(tmp_path / "large.png", size=(40, 40))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)     # PIL only warns up to twice that
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL only warns up to twice that
     with pytest.raises(VlmqError, match=r"large\.png: more than 1,000 pixels"):
         open_image(path)
 

@@ -57,8 +57,10 @@ def test_no_samples_are_refused():
 
 def test_the_interval_is_the_same_in_every_process():
     # Hashes of strings differ between processes; the interval of images named by strings must not.
-    program = ("from vlmq.exporter.evaluation.statistics import paired_difference as p; "
-               "print(p([0, 1, 0, 1, 1], [1, 1, 0, 0, 1], list('abcde')))")
+    program = (
+        "from vlmq.exporter.evaluation.statistics import paired_difference as p; "
+        "print(p([0, 1, 0, 1, 1], [1, 1, 0, 0, 1], list('abcde')))"
+    )
     one, two = (
         subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True)
         for seed in ("1", "2")

@@ -18,21 +18,39 @@ from vlmq.formats.errors import FormatError
 
 
 def measurement(texts, engine="torch", tokens=None, **outputs):
-    return Measurement(engine, list(texts), tokens or [[len(text)] for text in texts], Memory(100, 150, 170), 0.02, 2,
-                       {name: np.asarray(value, np.float32) for name, value in outputs.items()})
+    return Measurement(
+        engine,
+        list(texts),
+        tokens or [[len(text)] for text in texts],
+        Memory(100, 150, 170),
+        0.02,
+        2,
+        {name: np.asarray(value, np.float32) for name, value in outputs.items()},
+    )
 
 
 def describe(folder, bits=(), calibration=None):
     """A manifest of the folder as it is, with made-up quantized tensors of so many bits."""
     tensors = {
-        f"layer{place}": manifest.TensorRecord(method="rtn", bits=count, group=64, symmetric=True, shape=(64, 64),
-                                               bytes=1, sha256="")
+        f"layer{place}": manifest.TensorRecord(
+            method="rtn", bits=count, group=64, symmetric=True, shape=(64, 64), bytes=1, sha256=""
+        )
         for place, count in enumerate(bits)
     }
     used = calibration and manifest.Calibration(dataset="x", count=1, ids_sha256="", images_sha256=calibration)
-    manifest.write(folder, manifest.Manifest(
-        vlmq="0", source=manifest.Source(name="x", parameters=1, files={}), family="blip-2", recipe={}, tensors=tensors,
-        kept={}, files=manifest.describe(folder), calibration=used))
+    manifest.write(
+        folder,
+        manifest.Manifest(
+            vlmq="0",
+            source=manifest.Source(name="x", parameters=1, files={}),
+            family="blip-2",
+            recipe={},
+            tensors=tensors,
+            kept={},
+            files=manifest.describe(folder),
+            calibration=used,
+        ),
+    )
 
 
 @pytest.fixture
@@ -72,12 +90,15 @@ def models(monkeypatch):
 
     monkeypatch.setattr(verify, "measure", measure)
     monkeypatch.setattr(verify, "_coverage", lambda folder: [])
-    said.update({
-        ("reference", "torch"): measurement(["yes", "yes", "2", "3"],
-                                            vision=[[1, 0]], connector=[[1, 0]], language=[[1, 0]]),
-        ("export", "onnx"): measurement(["Yes.", "no", "2", "two"], "onnx", connector=[[3, 4]], language=[[2, 0]]),
-        ("export", "torch"): measurement([], vision=[[0, 1]], connector=[[3, 4]], language=[[2, 0]]),
-    })
+    said.update(
+        {
+            ("reference", "torch"): measurement(
+                ["yes", "yes", "2", "3"], vision=[[1, 0]], connector=[[1, 0]], language=[[1, 0]]
+            ),
+            ("export", "onnx"): measurement(["Yes.", "no", "2", "two"], "onnx", connector=[[3, 4]], language=[[2, 0]]),
+            ("export", "torch"): measurement([], vision=[[0, 1]], connector=[[3, 4]], language=[[2, 0]]),
+        }
+    )
     return said, calls
 
 
@@ -86,10 +107,13 @@ def test_accuracy_agreement_cosines_sizes_and_times_are_those_of_the_two_models(
     describe(export, bits=(8, 4))
     verdict = verify.verify(export, reference, samples)
     assert {kind: (score.reference, score.export) for kind, score in verdict.accuracy.items()} == {
-        "overall": (75.0, 75.0), "yes/no": (100.0, 50.0), "number": (50.0, 100.0)}
+        "overall": (75.0, 75.0),
+        "yes/no": (100.0, 50.0),
+        "number": (50.0, 100.0),
+    }
     overall = verdict.accuracy["overall"].difference
-    assert (overall.points, overall.low, overall.high) == (0.0, -50.0, 50.0)      # two images: -50 and +50
-    assert verdict.token_agreement == 0.25      # only the third answer has as many letters in both
+    assert (overall.points, overall.low, overall.high) == (0.0, -50.0, 50.0)  # two images: -50 and +50
+    assert verdict.token_agreement == 0.25  # only the third answer has as many letters in both
     assert verdict.cosine["onnx"] == pytest.approx({"connector": 0.6, "language": 1.0})
     assert verdict.cosine["torch"] == pytest.approx({"vision": 0.0, "connector": 0.6, "language": 1.0})
     assert verdict.reference.disk == {"safetensors": 900, "onnx": 0}
@@ -109,12 +133,14 @@ def test_each_model_is_measured_by_itself_and_the_export_in_the_engine_it_is_mea
     assert models[1] == [("reference", "torch", True), ("export", "onnx", True)]
 
 
-@pytest.mark.parametrize(("bits", "allowed", "ok"), [
-    (8, None, False), (4, None, False), (3, None, False), (2, None, True), (4, 24.9, False), (4, 25.0, True)])
+@pytest.mark.parametrize(
+    ("bits", "allowed", "ok"),
+    [(8, None, False), (4, None, False), (3, None, False), (2, None, True), (4, 24.9, False), (4, 25.0, True)],
+)
 def test_a_drop_beyond_what_the_bits_allow_is_a_miss(samples, folders, models, bits, allowed, ok):
     reference, export = folders
     describe(export, bits=(bits,))
-    models[0]["export", "onnx"] = measurement(["yes", "no", "2", "3"], "onnx")       # 25 points less
+    models[0]["export", "onnx"] = measurement(["yes", "no", "2", "3"], "onnx")  # 25 points less
     verdict = verify.verify(export, reference, samples, max_drop=allowed)
     assert verdict.ok is ok
     if not ok:
@@ -185,7 +211,8 @@ def test_the_table_says_what_the_verdict_says(samples, folders, models):
     describe(export, bits=(4,))
     table = {row.label: row for row in report.rows(verify.verify(export, reference, samples))}
     assert table["accuracy, overall (4)"] == report.Row(
-        "accuracy, overall (4)", "75.00 %", "75.00 %", "+0.00 (-50.00 to +50.00)")
+        "accuracy, overall (4)", "75.00 %", "75.00 %", "+0.00 (-50.00 to +50.00)"
+    )
     assert table["same greedy tokens"].export == "25.0 %"
     assert table["cosine, connector (onnx)"].export == "0.6000"
     assert table["weights on disk, safetensors"].difference == "3.00 x smaller"
@@ -208,8 +235,9 @@ def test_a_model_verified_against_itself_agrees_in_everything(tmp_path, tiny_fol
     export = shutil.copytree(tiny_folders["llava-mistral"], tmp_path / "same")
     describe(export)
     stages = []
-    verdict = verify.verify(export, tiny_folders["llava-mistral"], random_samples,
-                            progress=lambda stage, done, of: stages.append(stage))
+    verdict = verify.verify(
+        export, tiny_folders["llava-mistral"], random_samples, progress=lambda stage, done, of: stages.append(stage)
+    )
     assert verdict.ok
     assert verdict.token_agreement == 1.0
     assert verdict.cosine["torch"] == pytest.approx({"vision": 1.0, "connector": 1.0, "language": 1.0})

@@ -5,27 +5,30 @@ import pytest
 from vlmq.exporter.evaluation.vqa import accuracy, by_answer_type, normalise
 
 
-@pytest.mark.parametrize(("answer", "normal"), [
-    ("A Red Dog.", "red dog"),
-    ("the theatre", "theatre"),
-    ("two", "2"),
-    ("Ten", "10"),
-    ("none", "0"),
-    ("2.5", "2.5"),
-    ("3.", "3"),
-    ("1,000", "1000"),
-    ("cats, dogs", "cats dogs"),
-    ("black/white", "black white"),
-    ("t-shirt", "t shirt"),
-    ("really?!", "really"),
-    ("10:30", "10:30"),
-    ("it's", "it's"),
-    ("dont", "don't"),
-    ("couldnt've", "couldn't've"),
-    ("couldn'tve", "couldn't've"),
-    ("twas an oclock", "'twas o'clock"),
-    (" yes\n", "yes"),
-])
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("A Red Dog.", "red dog"),
+        ("the theatre", "theatre"),
+        ("two", "2"),
+        ("Ten", "10"),
+        ("none", "0"),
+        ("2.5", "2.5"),
+        ("3.", "3"),
+        ("1,000", "1000"),
+        ("cats, dogs", "cats dogs"),
+        ("black/white", "black white"),
+        ("t-shirt", "t shirt"),
+        ("really?!", "really"),
+        ("10:30", "10:30"),
+        ("it's", "it's"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("twas an oclock", "'twas o'clock"),
+        (" yes\n", "yes"),
+    ],
+)
 def test_an_answer_is_normalised_as_the_published_rules_say(answer, normal):
     assert normalise(answer) == normal
 
@@ -53,5 +56,9 @@ def test_an_empty_answer_is_wrong():
 
 def test_questions_are_grouped_by_answer_type_in_the_order_of_the_published_table():
     assert by_answer_type(["other", "yes/no", "unusual", "other", None]) == {
-        "overall": [0, 1, 2, 3, 4], "yes/no": [1], "other": [0, 3], "unusual": [2]}
+        "overall": [0, 1, 2, 3, 4],
+        "yes/no": [1],
+        "other": [0, 3],
+        "unusual": [2],
+    }
     assert list(by_answer_type(["other", "yes/no"])) == ["overall", "yes/no", "other"]

@@ -14,7 +14,7 @@ SHAPES = [(12, 128), (9, 32), (11, 33), (32, 9), (20, 100)]
 def codes_of(bits: int, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
-    codes.view(-1)[0] = 2**bits - 1         # the highest code sets the sign bit of some words
+    codes.view(-1)[0] = 2**bits - 1  # the highest code sets the sign bit of some words
     return codes
 
 

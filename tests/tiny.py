@@ -30,17 +30,55 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 VARIANTS = ("blip2-opt", "llava-llama", "llava-mistral", "llava-qwen2")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = ("question", "answer", "user", "assistant", ":", "?", ".", "what", "is", "the", "colour", "of", "how", "many",
-         "are", "there", "a", "photo", "describe", "image", "red", "green", "blue", "circle", "square", "yes", "no", "0", "1", "2")
+WORDS = (
+    "question",
+    "answer",
+    "user",
+    "assistant",
+    ":",
+    "?",
+    ".",
+    "what",
+    "is",
+    "the",
+    "colour",
+    "of",
+    "how",
+    "many",
+    "are",
+    "there",
+    "a",
+    "photo",
+    "describe",
+    "image",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "yes",
+    "no",
+    "0",
+    "1",
+    "2",
+)
 VOCABULARY = 64
-IMAGE = 16      # pixels a side
+IMAGE = 16  # pixels a side
 PATCH = 4
 QUERIES = 4
 
 
 def _text(kind: type, **options: object) -> object:
-    return kind(vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
+    return kind(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
 
 
 def _llama_like(kind: type, **options: object) -> object:
@@ -50,25 +88,57 @@ def _llama_like(kind: type, **options: object) -> object:
 def config(variant: str) -> Blip2Config | LlavaConfig:
     """The configuration of one of VARIANTS: hidden 64, MLP 128, two or three layers a component."""
     if variant == "blip2-opt":
-        vision = Blip2VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                   image_size=IMAGE, patch_size=PATCH, initializer_range=0.05)
-        qformer = Blip2QFormerConfig(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                     num_attention_heads=4, encoder_hidden_size=64, cross_attention_frequency=2)
+        vision = Blip2VisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=IMAGE,
+            patch_size=PATCH,
+            initializer_range=0.05,
+        )
+        qformer = Blip2QFormerConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            encoder_hidden_size=64,
+            cross_attention_frequency=2,
+        )
         text = _text(OPTConfig, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128)
-        made = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=QUERIES,
-                           image_token_index=4)
+        made = Blip2Config(
+            vision_config=vision,
+            qformer_config=qformer,
+            text_config=text,
+            num_query_tokens=QUERIES,
+            image_token_index=4,
+        )
         made.image_token_id = 4
         return made
     # Three vision layers, of which the last is never read: vision_feature_layer is -2.
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=IMAGE, patch_size=PATCH, projection_dim=64)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE,
+        patch_size=PATCH,
+        projection_dim=64,
+    )
     text = {
-        "llava-llama": lambda: _llama_like(LlamaConfig, num_key_value_heads=4),      # v -> o can be folded
+        "llava-llama": lambda: _llama_like(LlamaConfig, num_key_value_heads=4),  # v -> o can be folded
         "llava-mistral": lambda: _llama_like(MistralConfig, num_key_value_heads=2, sliding_window=None),
-        "llava-qwen2": lambda: _llama_like(Qwen2Config, num_key_value_heads=2),      # biases on q, k, v
+        "llava-qwen2": lambda: _llama_like(Qwen2Config, num_key_value_heads=2),  # biases on q, k, v
     }[variant]()
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, vision_feature_layer=-2,
-                       vision_feature_select_strategy="default", image_seq_length=(IMAGE // PATCH) ** 2)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=4,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE // PATCH) ** 2,
+    )
 
 
 def tiny(variant: str, seed: int = 0) -> nn.Module:
@@ -93,20 +163,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words |= {f"w{index}": index for index in range(len(words), VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     from tokenizers import normalizers
+
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", padding_side="left",
-                                   additional_special_tokens=["<image>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        additional_special_tokens=["<image>"],
+    )
 
 
 def processor(variant: str) -> Blip2Processor | LlavaProcessor:
     if variant == "blip2-opt":
-        return Blip2Processor(BlipImageProcessorPil(size={"height": IMAGE, "width": IMAGE}), tokenizer(),
-                              num_query_tokens=QUERIES)
+        return Blip2Processor(
+            BlipImageProcessorPil(size={"height": IMAGE, "width": IMAGE}), tokenizer(), num_query_tokens=QUERIES
+        )
     images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE})
-    return LlavaProcessor(images, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1)
+    return LlavaProcessor(
+        images, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
 
 
 def tiny_folder(variant: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:

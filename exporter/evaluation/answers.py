@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmq.exporter.runtime import Answer
 
 BATCH = 64
-MAX_NEW_TOKENS = 20     # of an answer; VQA's have one to three words
+MAX_NEW_TOKENS = 20  # of an answer; VQA's have one to three words
 
 
 class Vlm(Protocol):
@@ -57,7 +57,7 @@ def batches(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int) 
     groups = sorted(by_image.values(), key=lambda places: -max(len(prompts[place]) for place in places))
     order = [place for places in groups for place in places]
     for start in range(0, len(order), batch_size):
-        yield order[start:start + batch_size]
+        yield order[start : start + batch_size]
 
 
 def images_of(samples: Sequence[Sample]) -> list[Image.Image]:

@@ -32,7 +32,7 @@ def outputs_of(vlm: Vlm, images: Sequence[Image.Image], prompts: Sequence[str]) 
     """Outputs by component, float32; `vision` only where `vlm` is a torch model, whose modules can be watched."""
     parts: dict[str, list[np.ndarray]] = {"vision": [], "connector": [], "language": []}
     for start in range(0, len(images), BATCH):
-        some, said = list(images[start:start + BATCH]), list(prompts[start:start + BATCH])
+        some, said = list(images[start : start + BATCH]), list(prompts[start : start + BATCH])
         with _watched(vlm) as seen:
             parts["connector"].append(_array(vlm.image_features(some)))
         parts["vision"] += seen

@@ -23,8 +23,8 @@ from vlmq.exporter.evaluation.answers import BATCH, MAX_NEW_TOKENS
 from vlmq.exporter.runtime import Engine
 from vlmq.exporter.samples import Sample
 
-TIMED = 24      # samples answered one at a time
-PROBES = 32     # samples whose component outputs are kept
+TIMED = 24  # samples answered one at a time
+PROBES = 32  # samples whose component outputs are kept
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Request:
 
     folder: str
     engine: Engine
-    samples: list[Sample]           # to answer
-    timed: list[Sample]             # to answer one at a time first, under the clock
-    probes: list[Sample]            # to keep component outputs of
+    samples: list[Sample]  # to answer
+    timed: list[Sample]  # to answer one at a time first, under the clock
+    probes: list[Sample]  # to keep component outputs of
     batch_size: int = BATCH
     max_new_tokens: int = MAX_NEW_TOKENS
 
@@ -80,14 +80,9 @@ class Measurement:
     texts: list[str]
     tokens: list[list[int]]
     memory: Memory
-    seconds_per_answer: float | None        # the median of the timed samples; None without any
+    seconds_per_answer: float | None  # the median of the timed samples; None without any
     threads: int
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)        # by component, of the probes
-
-
-def engine_of(folder: Path) -> Engine:
-    """onnxruntime wherever the folder has graphs for it, as `vlmq run` does."""
-    return "onnx" if (folder / "onnx").is_dir() else "torch"
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # by component, of the probes
 
 
 def measure(
@@ -106,9 +101,13 @@ def measure(
     VlmqError with the worker's own line where it refuses, or with its last line where it dies.
     """
     request = Request(
-        folder=str(folder), engine=engine, samples=list(samples) if answer else [],
-        timed=list(samples[:timed]) if answer else [], probes=_distinct(samples)[:probes],
-        batch_size=batch_size, max_new_tokens=max_new_tokens,
+        folder=str(folder),
+        engine=engine,
+        samples=list(samples) if answer else [],
+        timed=list(samples[:timed]) if answer else [],
+        probes=_distinct(samples)[:probes],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
     with tempfile.TemporaryDirectory(prefix="vlmq-measure-") as work:
         return _run(request, Path(work), progress)
@@ -137,7 +136,7 @@ def _run(request: Request, work: Path, progress: Callable[[int, int], None] | No
                 done, of = map(int, line.split())
                 if progress:
                     progress(done, of)
-        except BaseException:       # interrupted: leave nothing running
+        except BaseException:  # interrupted: leave nothing running
             process.kill()
             raise
     if process.returncode:

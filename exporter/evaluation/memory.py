@@ -15,7 +15,7 @@ def resident() -> int:
 def forget_peak() -> None:
     """Let the peak start anew from here, where the system can (Linux); elsewhere it is that of the whole process."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")      # proc(5): resets VmHWM to the resident size
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the resident size
 
 
 def peak() -> int:
@@ -30,4 +30,4 @@ def peak() -> int:
     import resource
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024      # getrusage(2): bytes there, KiB elsewhere
+    return highest if sys.platform == "darwin" else highest * 1024  # getrusage(2): bytes there, KiB elsewhere

@@ -61,7 +61,7 @@ def _smaller(label: str, before: int, after: int) -> Row:
 
 
 def _ratio(before: float, after: float, less: str, more: str) -> str:
-    if before <= 0 or after <= 0:       # memory of a model too small to show
+    if before <= 0 or after <= 0:  # memory of a model too small to show
         return ""
     return f"{before / after:.2f} x {less}" if after <= before else f"{after / before:.2f} x {more}"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-_CELLS = 1 << 22        # resampling counts held at once: 32 MB
+_CELLS = 1 << 22  # resampling counts held at once: 32 MB
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarr
     even = np.full(count, 1 / count)
     means = []
     for start in range(0, RESAMPLES, step := max(1, _CELLS // count)):
-        drawn = generator.multinomial(count, even, size=min(step, RESAMPLES - start))      # (resamples, clusters)
+        drawn = generator.multinomial(count, even, size=min(step, RESAMPLES - start))  # (resamples, clusters)
         means.append((drawn @ sums) / (drawn @ sizes))
     return np.concatenate(means)

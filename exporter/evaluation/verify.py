@@ -14,8 +14,9 @@ from pathlib import Path
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import vqa
 from vlmq.exporter.evaluation.components import cosine
-from vlmq.exporter.evaluation.measure import Engine, Measurement, Memory, engine_of, measure
+from vlmq.exporter.evaluation.measure import Measurement, Memory, measure
 from vlmq.exporter.evaluation.statistics import PairedDifference, paired_difference
+from vlmq.exporter.runtime import Engine, engine_of
 from vlmq.exporter.samples import Sample, refuse_leakage
 from vlmq.formats import manifest
 from vlmq.formats.errors import FormatError
@@ -29,7 +30,7 @@ MAX_DROP_FROM_4_BITS = 2.0
 MIN_COSINE = 0.8
 BITS_WITH_MIN_COSINE = 4
 
-Progress = Callable[[str, int, int], None]      # what is under way, how many done, of how many
+Progress = Callable[[str, int, int], None]  # what is under way, how many done, of how many
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Side:
     folder: str
     engine: Engine
     threads: int
-    disk: dict[str, int]                # bytes of weights by format: safetensors, onnx
+    disk: dict[str, int]  # bytes of weights by format: safetensors, onnx
     memory: Memory
     seconds_per_answer: float | None
 
@@ -59,10 +60,10 @@ class Verdict:
 
     samples: int
     images: int
-    bits: int                                   # the fewest of any quantized weight
-    accuracy: dict[str, Score]                  # `overall`, then by answer type; empty without annotated answers
-    token_agreement: float                      # share of the answers whose tokens are identical
-    cosine: dict[str, dict[str, float]]         # engine -> component -> mean cosine of its outputs to the reference's
+    bits: int  # the fewest of any quantized weight
+    accuracy: dict[str, Score]  # `overall`, then by answer type; empty without annotated answers
+    token_agreement: float  # share of the answers whose tokens are identical
+    cosine: dict[str, dict[str, float]]  # engine -> component -> mean cosine of its outputs to the reference's
     reference: Side
     export: Side
     max_drop: float

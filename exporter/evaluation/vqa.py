@@ -23,18 +23,21 @@ CONTRACTIONS = """
     who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
     you'd've you'll you're you've
 """
-NUMBERS = {word: str(number) for number, word in enumerate(
-    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-)} | {"none": "0"}
+NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
 ARTICLES = frozenset({"a", "an", "the"})
-MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"\.(?!\d)")       # a decimal point stays
+_PERIOD = re.compile(r"\.(?!\d)")  # a decimal point stays
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:place] + word[place + 1:] for place, letter in enumerate(word) if letter == "'"]
+    return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
 
 
 _REPAIRS = {broken: word for word in CONTRACTIONS.split() for broken in _without_one_apostrophe(word)}

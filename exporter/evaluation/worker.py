@@ -58,7 +58,7 @@ def work(request: Request, here: Path, said: TextIO) -> None:
 
     forget_peak()
     seconds = []
-    for sample in [*request.timed[:2], *request.timed]:         # two to warm up
+    for sample in [*request.timed[:2], *request.timed]:  # two to warm up
         start = time.perf_counter()
         answer_all(vlm, [sample], family, 1, request.max_new_tokens)
         seconds.append(time.perf_counter() - start)
@@ -96,10 +96,10 @@ def main() -> int:
     here = Path(sys.argv[1])
     request = Request.read(here / "request.json")
     if request.engine == "onnx":
-        without_torch()         # as where people deploy: the graphs need none of it
+        without_torch()  # as where people deploy: the graphs need none of it
     said = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):        # what libraries print must not look like progress
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not look like progress
             work(request, here, said)
     except (VlmqError, FormatError) as fault:
         (here / "refusal").write_text(str(fault))

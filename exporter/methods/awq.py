@@ -15,9 +15,9 @@ from torch import Tensor
 from vlmq.exporter.statistics import Statistics, output_loss
 from vlmq.kernels.grid import Grid, QuantizedWeight, round_trip, to_grid
 
-EXPONENTS = tuple(step / 20 for step in range(20))          # a = 0 is "no scaling"
-SHRINKS = tuple(1 - step / 20 for step in range(11))        # 1.0 ... 0.5 of the range
-ROWS = 1024                                                 # rows searched at once: bounds the clip search's memory
+EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
+SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
+ROWS = 1024  # rows searched at once: bounds the clip search's memory
 
 
 def rescale(weights: list[Tensor], statistics: Statistics, grids: list[Grid], dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,7 @@ def clip(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype)
 
 def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
     """The Gram matrix of each group's own columns: (in, in)  ->  (groups, width, width)."""
-    blocks = gram.unflatten(1, (-1, width)).unflatten(0, (-1, width))      # (groups, width, groups, width)
+    blocks = gram.unflatten(1, (-1, width)).unflatten(0, (-1, width))  # (groups, width, groups, width)
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
@@ -67,7 +67,9 @@ def _clip_rows(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype) ->
     best_loss = torch.full((len(weight), len(grams)), torch.inf, device=weight.device)
     best = torch.ones_like(best_loss)
     for shrink in SHRINKS:
-        error = (round_trip(weight, grid, dtype, shrink) - weight).unflatten(1, (len(grams), -1))  # (out, groups, width)
+        error = (round_trip(weight, grid, dtype, shrink) - weight).unflatten(
+            1, (len(grams), -1)
+        )  # (out, groups, width)
         loss = (torch.einsum("ogi,gij->ogj", error, grams) * error).sum(-1)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)

@@ -16,7 +16,10 @@ Solve = Callable[[Tensor, Statistics, Grid, torch.dtype], QuantizedWeight]
 
 @dataclass(frozen=True)
 class Method:
-    """`rescale` picks a scale to fold before an input; `solve` turns a weight into codes, from inputs if `calibrated`."""
+    """`rescale` picks a scale to fold before an input; `solve` turns a weight into codes.
+
+    calibrated: whether `solve` looks at the statistics.
+    """
 
     solve: Solve
     rescale: Rescale | None = None
