@@ -1,11 +1,12 @@
 """The command line: arguments become one value, one call does the work, and the person sees the result.
 
 Heavy imports are inside the commands, so that --help answers at once. Exit codes: 0, 1 (the export does not answer
-as the reference did), 2 (bad input).
+as the reference did), 2 (bad input), 130 and 143 (stopped).
 """
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -352,8 +353,16 @@ def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
+def _stop(number: int, frame: object) -> None:
+    """Ctrl-C and SIGTERM end like any exception, so that what is half written is removed; not with exit code 1."""
+    typer.echo("vlmq: stopped", err=True)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command line; what a person did wrong is one line and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -1,7 +1,9 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,37 @@ def test_an_output_place_that_is_read_only_is_refused(vlmq, tiny_folders):
     code, _, err = vlmq("export", tiny_folders["blip2-opt"], *flags)
     assert code == 2
     assert "/proc: cannot be written" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_export_leaves_nothing_and_says_so(number, tiny_folders, random_samples, tmp_path):
+    flags = (
+        "--group-size",
+        "32",
+        "--calibration",
+        str(random_samples[0].image.parent),
+        "--samples",
+        "4",
+        "--no-verify",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "vlmq.cli",
+        "export",
+        str(tiny_folders["blip2-opt"]),
+        *flags,
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial-*/*")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1] == "vlmq: stopped"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_flags_override_the_recipe_file(vlmq, tiny_folders, tmp_path):
