@@ -10,6 +10,7 @@ that transformers.js and onnxruntime-genai look for. Each module holds the whole
 called `vlm.` and its name in the model; weights of other parts are dropped from the graph.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return parts
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """One graph: example inputs, their names and dynamic dimensions, and the forward that is traced."""
 
     vlm: Any
@@ -103,11 +104,13 @@ class Part(nn.Module):
         self.vision = getattr(model.config, self.parts.vision)
         self.embedding: Any = [model.get_input_embeddings()]  # in a list: its name is the one inside the model
 
+    @abstractmethod
     def example(self) -> tuple:
-        raise NotImplementedError
+        """Inputs to trace with: no two of them the same tensor, no dimension by chance equal to another."""
 
+    @abstractmethod
     def dynamic(self) -> tuple:
-        raise NotImplementedError
+        """The names of the dimensions that may vary, for every input."""
 
 
 class VisionEncoder(Part):
