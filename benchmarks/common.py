@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.data import demo_folder
@@ -17,6 +18,8 @@ from vlmq.exporter.evaluation.answers import BATCH, answer_all, images_of
 from vlmq.exporter.runtime import Answer, TorchVlm, open_processor
 from vlmq.exporter.samples import Sample, prompt_of
 from vlmq.exporter.sources import read
+
+logging.disable_progress_bar()
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
