@@ -30,8 +30,8 @@ from vlmq.exporter.demo.saving import save
 from vlmq.exporter.demo.splits import CALIBRATION, TRAINING
 from vlmq.exporter.demo.world import Dice, scene_of
 
-CHANNELS = 4
-LEADING = 6             # of which the seed picks so many
+CHANNELS = 8
+LEADING = 12            # of which the seed picks so many
 FACTORS = (16, 32, 64)
 STEPS = 60
 PICTURES = 16           # per step of fine-tuning
