@@ -33,9 +33,11 @@ ORACLE_IDS = range(200)
 @pytest.fixture(scope="module")
 def load():
     """A fresh copy of a shipped model in float32, and its processor."""
+
     def fresh(name):
         model = AutoModelForImageTextToText.from_pretrained(CHECKPOINTS[name], dtype=torch.float32)
         return model.eval(), AutoProcessor.from_pretrained(CHECKPOINTS[name])
+
     return fresh
 
 
@@ -45,6 +47,7 @@ def evaluation(tmp_path_factory) -> Path:
 
 
 # The world
+
 
 def test_the_picture_of_an_id_is_always_the_same_bytes():
     pictures = b"".join(picture_of(scene_of(id)).tobytes() for id in range(64))
@@ -72,10 +75,15 @@ def seen_in(picture: np.ndarray) -> list[dict]:
             mask = distance[:, :, list(COLORS).index(color)] < 75
             ys, xs = np.nonzero(mask)
             box = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
-            things.append({
-                "color": color, "shape": shape_of(box), "row": row, "column": column,
-                "size": "large" if max(box.shape) > 16 else "small",
-            })
+            things.append(
+                {
+                    "color": color,
+                    "shape": shape_of(box),
+                    "row": row,
+                    "column": column,
+                    "size": "large" if max(box.shape) > 16 else "small",
+                }
+            )
     return things
 
 
@@ -90,6 +98,7 @@ def shape_of(box: np.ndarray) -> str:
 
 def answer_from(things: list[dict], question: str) -> str:
     """The answer, worked out from the words of the question alone."""
+
     def named(text):
         return [thing for thing in things if all(word in (*thing.values(), "thing") for word in text.split())]
 
@@ -107,7 +116,8 @@ def answer_from(things: list[dict], question: str) -> str:
         r"Is there a ([\w ]+)\?": lambda name: yes(named(name)),
         r"Is the ([\w ]+) large\?": lambda name: yes(one(name)["size"] == "large"),
         r"Is the (\w+) (\w+)\?": lambda shape, color: yes(
-            [thing["color"] for thing in things if thing["shape"] == shape] == [color]),
+            [thing["color"] for thing in things if thing["shape"] == shape] == [color]
+        ),
         r"Is the ([\w ]+) left of the ([\w ]+)\?": lambda a, b: yes(one(a)["column"] < one(b)["column"]),
         r"Is the ([\w ]+) right of the ([\w ]+)\?": lambda a, b: yes(one(a)["column"] > one(b)["column"]),
         r"Is the ([\w ]+) above the ([\w ]+)\?": lambda a, b: yes(one(a)["row"] < one(b)["row"]),
@@ -119,7 +129,8 @@ def answer_from(things: list[dict], question: str) -> str:
         r"What shape is the (\w+) thing\?": lambda color: " ".join(t["shape"] for t in things if t["color"] == color),
         r"What size is the ([\w ]+)\?": lambda name: one(name)["size"],
         r"Where is the ([\w ]+)\?": lambda name: (
-            f"{('top', 'bottom')[one(name)['row']]} {('left', 'right')[one(name)['column']]}"),
+            f"{('top', 'bottom')[one(name)['row']]} {('left', 'right')[one(name)['column']]}"
+        ),
     }
     for pattern, rule in rules.items():
         if match := re.fullmatch(pattern, question):
@@ -132,8 +143,11 @@ def test_every_answer_is_what_the_pixels_show():
     for id in ORACLE_IDS:
         scene = scene_of(id)
         things = seen_in(picture_of(scene))
-        wrong += [(id, question.text) for question in questions_about(scene, 8)
-                  if answer_from(things, question.text) != question.answer]
+        wrong += [
+            (id, question.text)
+            for question in questions_about(scene, 8)
+            if answer_from(things, question.text) != question.answer
+        ]
     assert wrong == []
 
 
@@ -160,8 +174,12 @@ def test_without_the_image_the_best_answer_is_right_less_than_half_of_the_time()
 def test_no_question_or_caption_has_a_word_that_the_tokenizer_does_not_know():
     tokenizer = build_tokenizer()
     texts = [text for id in range(300) for text in captions_of(scene_of(id))]
-    texts += [text for id in range(300) for question in questions_about(scene_of(id), 8)
-              for text in (question.text, question.answer)]
+    texts += [
+        text
+        for id in range(300)
+        for question in questions_about(scene_of(id), 8)
+        for text in (question.text, question.answer)
+    ]
     texts += [prompt for demo in DEMOS.values() for prompt in (demo.question.format(question=""), demo.caption)]
     assert not [text for text in texts if tokenizer.unk_token_id in tokenizer.encode(text)]
 
@@ -174,6 +192,7 @@ def test_a_caption_survives_the_tokenizer():
 
 
 # The files
+
 
 def test_questions_and_annotations_are_what_the_official_vqa_code_reads(evaluation):
     questions = json.loads((evaluation / "questions.json").read_text())["questions"]
@@ -196,13 +215,15 @@ def test_captions_name_the_pictures_that_lie_beside_them(evaluation):
     assert Counter(caption["image_id"] for caption in captions["annotations"]) == Counter({id: 4 for id in ids})
     assert len({caption["id"] for caption in captions["annotations"]}) == len(captions["annotations"])
     assert {path.name for path in (evaluation / "images").iterdir()} == {
-        image["file_name"] for image in captions["images"]}
+        image["file_name"] for image in captions["images"]
+    }
     first = captions["images"][0]
     stored = np.array(Image.open(evaluation / "images" / first["file_name"]))
     assert np.array_equal(stored, picture_of(scene_of(first["id"])))
 
 
 # The models
+
 
 @both
 def test_a_checkpoint_is_small_and_holds_only_data(name):
@@ -245,7 +266,7 @@ def test_packed_prompts_have_the_logits_of_single_samples(name, load):
             alone = processor(images=[Image.fromarray(picture_of(scene))], text=[prompt], return_tensors="pt")
             asked = (batch.segments[0] == segment) & ~batch.answers[0]
             # LLaVA's prompt begins before the image, so its own part is only the end of the sample.
-            logits = model(**alone).logits[0, -int(asked.sum()):]
+            logits = model(**alone).logits[0, -int(asked.sum()) :]
             torch.testing.assert_close(packed[asked], logits, atol=3e-5, rtol=0)
 
 
@@ -262,7 +283,7 @@ def test_a_batch_is_answered_as_its_samples_are_one_by_one(name, load):
 
     def answers(prompts, pictures):
         inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
-        tokens = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        tokens = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return processor.batch_decode(tokens, skip_special_tokens=True)
 
     together = answers(prompts, pictures)
@@ -272,6 +293,7 @@ def test_a_batch_is_answered_as_its_samples_are_one_by_one(name, load):
 
 # The outlier variants
 
+
 def logits_and_inputs(name, model):
     """Logits of a few samples, and the largest input of every channel of each linear that reads a norm."""
     largest = {}
@@ -279,9 +301,13 @@ def logits_and_inputs(name, model):
     for path, makers in READERS[name].items():
         for number, block in enumerate(model.get_submodule(path).children()):
             for readers in makers.values():
-                hooks.append(block.get_submodule(readers[0]).register_forward_pre_hook(
-                    lambda _, inputs, key=f"{path}.{number}.{readers[0]}": largest.__setitem__(
-                        key, inputs[0].flatten(0, -2).abs().amax(0))))
+                hooks.append(
+                    block.get_submodule(readers[0]).register_forward_pre_hook(
+                        lambda _, inputs, key=f"{path}.{number}.{readers[0]}": largest.__setitem__(
+                            key, inputs[0].flatten(0, -2).abs().amax(0)
+                        )
+                    )
+                )
     demo = DEMOS[name]
     batch = pack(demo, [scene_of(id) for id in splits.CALIBRATION[:4]], questions=4)
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from vlmq.exporter.demo.questions import Question, captions_of
 from vlmq.exporter.demo.splits import SPLITS, questions_of
 from vlmq.exporter.demo.world import picture_of, scene_of
 
-ANNOTATORS = 10         # VQAv2 asks as many people; here they agree
+ANNOTATORS = 10  # VQAv2 asks as many people; here they agree
 
 
 def write_split(split: str, folder: Path) -> Path:
@@ -31,27 +31,48 @@ def write_split(split: str, folder: Path) -> Path:
     images.mkdir(parents=True, exist_ok=True)
     for id in SPLITS[split]:
         Image.fromarray(picture_of(scene_of(id))).save(images / f"{id}.png")
-    asked = [(image, 1000 * image + number, question)
-             for image, questions in questions_of(split).items() for number, question in enumerate(questions)]
-    _write(folder / "questions.json", _header(split) | {
-        "task_type": "Open-Ended",
-        "questions": [{"image_id": image, "question": question.text, "question_id": id}
-                      for image, id, question in asked],
-    })
-    _write(folder / "annotations.json", _header(split) | {
-        "annotations": [_annotation(image, id, question) for image, id, question in asked],
-    })
-    _write(folder / "captions.json", _header(split) | {
-        "images": [{"id": id, "file_name": f"{id}.png", "width": 64, "height": 64} for id in SPLITS[split]],
-        "annotations": [{"id": 10 * id + number, "image_id": id, "caption": caption}
-                        for id in SPLITS[split] for number, caption in enumerate(captions_of(scene_of(id)))],
-    })
+    asked = [
+        (image, 1000 * image + number, question)
+        for image, questions in questions_of(split).items()
+        for number, question in enumerate(questions)
+    ]
+    _write(
+        folder / "questions.json",
+        _header(split)
+        | {
+            "task_type": "Open-Ended",
+            "questions": [
+                {"image_id": image, "question": question.text, "question_id": id} for image, id, question in asked
+            ],
+        },
+    )
+    _write(
+        folder / "annotations.json",
+        _header(split)
+        | {
+            "annotations": [_annotation(image, id, question) for image, id, question in asked],
+        },
+    )
+    _write(
+        folder / "captions.json",
+        _header(split)
+        | {
+            "images": [{"id": id, "file_name": f"{id}.png", "width": 64, "height": 64} for id in SPLITS[split]],
+            "annotations": [
+                {"id": 10 * id + number, "image_id": id, "caption": caption}
+                for id in SPLITS[split]
+                for number, caption in enumerate(captions_of(scene_of(id)))
+            ],
+        },
+    )
     return folder
 
 
 def _annotation(image: int, id: int, question: Question) -> dict:
-    answers = [{"answer": question.answer, "answer_confidence": "yes", "answer_id": annotator}
-               for annotator in range(1, ANNOTATORS + 1)]
+    answers = [
+        {"answer": question.answer, "answer_confidence": "yes", "answer_id": annotator}
+        for annotator in range(1, ANNOTATORS + 1)
+    ]
     return {
         "image_id": image,
         "question_id": id,

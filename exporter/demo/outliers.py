@@ -31,11 +31,11 @@ from vlmq.exporter.demo.splits import CALIBRATION, TRAINING
 from vlmq.exporter.demo.world import Dice, scene_of
 
 CHANNELS = 8
-LEADING = 12            # of which the seed picks so many
+LEADING = 12  # of which the seed picks so many
 FACTORS = (16, 32, 64)
 STEPS = 60
-PICTURES = 16           # per step of fine-tuning
-RATE = 2e-5             # its learning rate
+PICTURES = 16  # per step of fine-tuning
+RATE = 2e-5  # its learning rate
 
 # Blocks -> what makes a channel -> the linears that read it.
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,7 +43,9 @@ READERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "blip2-mini": {
         "vision_model.encoder.layers": {"layer_norm1": ("self_attn.qkv",), "layer_norm2": ("mlp.fc1",)},
         "language_model.model.decoder.layers": {
-            "self_attn_layer_norm": _QKV, "final_layer_norm": ("fc1",), "fc1": ("fc2",),
+            "self_attn_layer_norm": _QKV,
+            "final_layer_norm": ("fc1",),
+            "fc1": ("fc2",),
         },
     },
     "llava-mini": {
@@ -64,9 +66,13 @@ def rescale(name: str, model: Model, seed: int) -> None:
     weights = _weights_of_channels(name, model)
     for path, makers in READERS[name].items():
         blocks = dict(model.get_submodule(path).named_children())
-        shares = [weights[path, number, maker]
-                  for number, block in blocks.items() for maker in makers if not _inner(block, maker)]
-        residual = _factors(dice, torch.stack(shares).sum(0))       # the same channels in every block
+        shares = [
+            weights[path, number, maker]
+            for number, block in blocks.items()
+            for maker in makers
+            if not _inner(block, maker)
+        ]
+        residual = _factors(dice, torch.stack(shares).sum(0))  # the same channels in every block
         for number, block in blocks.items():
             for maker, readers in makers.items():
                 made = block.get_submodule(maker)
@@ -104,7 +110,7 @@ def _weights_of_channels(name: str, model: Model) -> dict[tuple[str, str, str], 
     logits_of(demo, model, batch, demo.look(model, batch.pixels)[-1])
     for hook in hooks:
         hook.remove()
-    energies = {key: squares[key] * columns[key] for key in squares}      
+    energies = {key: squares[key] * columns[key] for key in squares}
     return {key: energy / energy.sum() for key, energy in energies.items()}
 
 
@@ -122,7 +128,7 @@ def finetune(name: str, model: Model, steps: int, seed: int) -> None:
     demo = DEMOS[name]
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
-    first = TRAINING.stop - (seed + 1) * 1_000_000          # pictures that the first training did not reach
+    first = TRAINING.stop - (seed + 1) * 1_000_000  # pictures that the first training did not reach
     for step in range(steps):
         scenes = [scene_of(first + step * PICTURES + number) for number in range(PICTURES)]
         batch = pack(demo, scenes, questions=7).to(model.device)

@@ -21,19 +21,19 @@ from vlmq.exporter.demo.world import Scene, picture_of
 _TOKENIZER = build_tokenizer()
 _SHARED = 0
 _NOTHING = -1
-_ROUND = 16             # few different lengths: a CPU compiles its matrix products anew for each
+_ROUND = 16  # few different lengths: a CPU compiles its matrix products anew for each
 
 
 @dataclass(frozen=True)
 class Batch:
     """b pictures, each with one packed sequence of n tokens."""
 
-    pixels: Tensor      # (b, 3, 64, 64) float, -1..1
-    tokens: Tensor      # (b, n) int
-    segments: Tensor    # (b, n) int: 0 what all prompts share, 1.. the prompts, -1 padding
-    positions: Tensor   # (b, n) int
-    answers: Tensor     # (b, n) bool: a token of an answer, its end included
-    kinds: list[str]    # of every segment but the shared one, all pictures in a row
+    pixels: Tensor  # (b, 3, 64, 64) float, -1..1
+    tokens: Tensor  # (b, n) int
+    segments: Tensor  # (b, n) int: 0 what all prompts share, 1.. the prompts, -1 padding
+    positions: Tensor  # (b, n) int
+    answers: Tensor  # (b, n) bool: a token of an answer, its end included
+    kinds: list[str]  # of every segment but the shared one, all pictures in a row
 
     def mask(self) -> Tensor:
         """What each token may look at, as an addend to attention scores: (b, 1, n, n) float."""
@@ -60,15 +60,18 @@ def pack(demo: Demo, scenes: list[Scene], questions: int, mix: Mix = ASKED) -> B
     rows, kinds = [], []
     for scene in scenes:
         row = [(token, _SHARED, position, False) for position, token in enumerate(shared)]
-        texts = [(demo.question.format(question=question.text), question.answer, question.answer_type)
-                 for question in questions_about(scene, questions, mix)]
+        texts = [
+            (demo.question.format(question=question.text), question.answer, question.answer_type)
+            for question in questions_about(scene, questions, mix)
+        ]
         texts.append((demo.caption, captions_of(scene)[0], "caption"))
         for segment, (prompt, answer, kind) in enumerate(texts, start=1):
             own = prompt.split(IMAGE_TOKEN)[-1]
             asked = after + _TOKENIZER.encode(own, add_special_tokens=False)
             said = [*_TOKENIZER.encode(answer, add_special_tokens=False), EOS]
-            row += [(token, segment, len(shared) + place, place >= len(asked))
-                    for place, token in enumerate(asked + said)]
+            row += [
+                (token, segment, len(shared) + place, place >= len(asked)) for place, token in enumerate(asked + said)
+            ]
             kinds.append(kind)
         rows.append(row)
     length = -(-max(map(len, rows)) // _ROUND) * _ROUND

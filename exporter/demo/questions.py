@@ -23,8 +23,8 @@ class Question:
 
     text: str
     answer: str
-    kind: str           # the words it starts with
-    answer_type: str    # yes/no, number or other
+    kind: str  # the words it starts with
+    answer_type: str  # yes/no, number or other
 
 
 def _yes(truth: bool) -> str:
@@ -149,21 +149,41 @@ Mix = tuple[tuple[int, Callable[[Scene, Dice], Question | None]], ...]
 # How often each is asked, in percent: when it counts, and in the lessons before, which dwell on what is learnt late
 # (shapes and places; whatever goes by colour is learnt by itself).
 ASKED: Mix = (
-    (10, _is_there), (7, _is_there_shape), (5, _is_there_color), (9, _is_color), (5, _is_beside), (8, _is_large),
-    (8, _count), (8, _count_color), (6, _count_shape),
-    (10, _which_color), (10, _which_shape), (8, _where), (6, _which_size),
+    (10, _is_there),
+    (7, _is_there_shape),
+    (5, _is_there_color),
+    (9, _is_color),
+    (5, _is_beside),
+    (8, _is_large),
+    (8, _count),
+    (8, _count_color),
+    (6, _count_shape),
+    (10, _which_color),
+    (10, _which_shape),
+    (8, _where),
+    (6, _which_size),
 )
 TAUGHT: Mix = (
-    (12, _is_there), (18, _is_there_shape), (2, _is_there_color), (12, _is_color), (6, _is_beside), (5, _is_large),
-    (1, _count), (3, _count_color), (10, _count_shape),
-    (13, _which_color), (1, _which_shape), (14, _where), (3, _which_size),
+    (12, _is_there),
+    (18, _is_there_shape),
+    (2, _is_there_color),
+    (12, _is_color),
+    (6, _is_beside),
+    (5, _is_large),
+    (1, _count),
+    (3, _count_color),
+    (10, _count_shape),
+    (13, _which_color),
+    (1, _which_shape),
+    (14, _where),
+    (3, _which_size),
 )
 
 
 def questions_about(scene: Scene, count: int, mix: Mix = ASKED) -> list[Question]:
     """`count` different questions, always the same ones for the same scene."""
     drawer = [ask for percent, ask in mix for _ in range(percent)]
-    dice = Dice(scene.id + 1_000_003)      # not the stream that placed the things
+    dice = Dice(scene.id + 1_000_003)  # not the stream that placed the things
     asked: dict[str, Question] = {}
     while len(asked) < count:
         question = dice.pick(drawer)(scene, dice)
@@ -185,9 +205,16 @@ def captions_of(scene: Scene) -> tuple[str, ...]:
 def words() -> list[str]:
     """Every word and sign that questions, answers, captions and prompts are made of, sorted."""
     said = [
-        "question: answer: user: assistant: a photo of", CAPTION_REQUEST, "yes no 0 1 2 3 4",
+        "question: answer: user: assistant: a photo of",
+        CAPTION_REQUEST,
+        "yes no 0 1 2 3 4",
         "is there a? the left of right above below how many shapes are what color shape thing size where",
-        "and, there is :", *PLACES.values(), *COLORS, *SHAPES, *map(_plural, SHAPES), *RADII,
+        "and, there is :",
+        *PLACES.values(),
+        *COLORS,
+        *SHAPES,
+        *map(_plural, SHAPES),
+        *RADII,
     ]
     return sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(said).lower())))
 

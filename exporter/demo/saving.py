@@ -35,6 +35,8 @@ def save(name: str, model: Model, folder: Path) -> None:
 def _rename_tensors(path: Path) -> None:
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    renamed = {_LONG + key.removeprefix(_SHORT) if key.startswith(_SHORT) and not key.startswith(_LONG) else key: tensor
-               for key, tensor in tensors.items()}
+    renamed = {
+        _LONG + key.removeprefix(_SHORT) if key.startswith(_SHORT) and not key.startswith(_LONG) else key: tensor
+        for key, tensor in tensors.items()
+    }
     save_file(renamed, path, metadata={"format": "pt"})

@@ -34,17 +34,17 @@ from vlmq.exporter.demo.splits import TRAINING, VALIDATION, prior_accuracy
 from vlmq.exporter.demo.supervision import Supervision, wording
 from vlmq.exporter.demo.world import Scene, scene_of
 
-PICTURES = 8            # per step
-QUESTIONS = 12          # per picture, and one caption
-PEAK = 1.2e-3           # learning rate
-WARMUP = 0.02           # of the time
-NAMING_PATCHES = 0.05   # of the time; a Q-Former that starts on a tower without places settles for none
-NAMING_ALONE = 0.10     # of the time
-NAMING = 0.25           # weight of that loss afterwards
-WORDS = 0.2             # weight of wording, likewise
-CROWD = 0.25            # of the time until answers are about up to four things
-LESSONS = 0.75          # of the time until questions are asked as often as they will be
-REPORT = 400            # steps
+PICTURES = 8  # per step
+QUESTIONS = 12  # per picture, and one caption
+PEAK = 1.2e-3  # learning rate
+WARMUP = 0.02  # of the time
+NAMING_PATCHES = 0.05  # of the time; a Q-Former that starts on a tower without places settles for none
+NAMING_ALONE = 0.10  # of the time
+NAMING = 0.25  # weight of that loss afterwards
+WORDS = 0.2  # weight of wording, likewise
+CROWD = 0.25  # of the time until answers are about up to four things
+LESSONS = 0.75  # of the time until questions are asked as often as they will be
+REPORT = 400  # steps
 
 
 def most_things(progress: float) -> int:
@@ -87,13 +87,13 @@ class Training:
         torch.manual_seed(0)
         self.demo = DEMOS[name]
         self.model = self.demo.build().to(device)
-        self.model.set_attn_implementation("eager")     # a CPU is slow at fused attention's backward in bfloat16
+        self.model.set_attn_implementation("eager")  # a CPU is slow at fused attention's backward in bfloat16
         self.supervision = Supervision().to(device)
         self.weights = [*self.model.parameters(), *self.supervision.parameters()]
         self.optimizer = torch.optim.AdamW(self.weights, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.05)
         self.step = 0
-        self.elapsed = 0.0      # seconds
-        self.best = 0.0         # percent
+        self.elapsed = 0.0  # seconds
+        self.best = 0.0  # percent
 
     def learn(self, progress: float) -> dict[str, float]:
         """One step on new pictures; its losses."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE = 64                           # pixels
-CELL = SIDE // 2                    # four cells, at most one thing in each, so that left and above are never in doubt
+SIDE = 64  # pixels
+CELL = SIDE // 2  # four cells, at most one thing in each, so that left and above are never in doubt
 
 COLORS = {
     "red": (222, 45, 38),
@@ -24,7 +24,7 @@ COLORS = {
     "purple": (165, 60, 205),
     "white": (240, 240, 240),
 }
-RADII = {"small": (6.5, 8.0), "large": (11.0, 13.0)}     # pixels
+RADII = {"small": (6.5, 8.0), "large": (11.0, 13.0)}  # pixels
 
 Grid = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def _box(x: Grid, y: Grid, half_width: float, half_height: float) -> Grid:
 
 
 def _triangle(x: Grid, y: Grid, r: float) -> Grid:
-    y = y - r / 4                   # its box, not its centroid, sits on the centre
+    y = y - r / 4  # its box, not its centroid, sits on the centre
     return np.maximum(y, np.abs(x) * np.sqrt(0.75) - y / 2) - r / 2
 
 
@@ -78,7 +78,7 @@ class Scene:
 
     id: int
     things: tuple[Thing, ...]
-    ground: tuple[tuple[float, ...], ...]      # RGB in two opposite corners
+    ground: tuple[tuple[float, ...], ...]  # RGB in two opposite corners
 
     def __post_init__(self) -> None:
         if len({thing.name for thing in self.things}) < len(self.things):
