@@ -203,6 +203,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Ask an exported model about a picture."""
+    from vlmq.exporter.runtime import engine_of, without_torch
+
+    engine = engine or engine_of(folder)
+    if engine == "onnx":
+        without_torch()
     from vlmq.exporter.asking import ask
 
     answer = ask(folder, image, prompt, engine, max_new_tokens, raw)

@@ -164,6 +164,24 @@ def test_a_stopped_export_leaves_nothing_and_says_so(number, tiny_folders, rando
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("drop", "code"), [(0.5, 0), (3.0, 1)])
+def test_a_verdict_that_misses_its_threshold_is_exit_code_1_and_says_which(drop, code, vlmq, monkeypatch, tmp_path):
+    from vlmq.exporter import pipeline
+    from vlmq.exporter.evaluation.measure import Memory
+    from vlmq.exporter.evaluation.statistics import PairedDifference
+    from vlmq.exporter.evaluation.verify import Score, Side, Verdict, judge
+
+    score = Score(98.0, 98.0 - drop, PairedDifference(-drop, -drop - 1, -drop + 1, 100, 50))
+    side = Side("a folder", "onnx", 2, {"safetensors": 4, "onnx": 4}, Memory(1, 2, 3), 0.01)
+    accuracy = {"overall": score}
+    verdict = Verdict(100, 50, 4, accuracy, 0.9, {}, side, side, 2.0, tuple(judge(accuracy, {}, 4, 2.0)))
+    monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: verdict)
+    found, out, err = vlmq("verify", tmp_path)
+    assert found == code
+    assert f"{-drop:+.2f}" in out
+    assert ("accuracy fell by 3.00 points, more than the 2 allowed" in err) == bool(code)
+
+
 def test_flags_override_the_recipe_file(vlmq, tiny_folders, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("bits: 3\ngroup_size: 32\ncomponents:\n  vision: {bits: 8, method: rtn}\n")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmq.exporter import pipeline
+from vlmq.exporter.asking import ask
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import family_of
 from vlmq.exporter.names import memory_names
@@ -93,6 +94,15 @@ def test_transformers_loads_the_export_and_gives_the_dequantized_model_s_tokens(
     found = model.generate(**inputs, do_sample=False, max_new_tokens=8)  # before any forward
     expected = dequantized(source, folder).generate(**inputs, do_sample=False, max_new_tokens=8)
     assert torch.equal(found, expected)
+
+
+def test_asking_about_a_picture_gives_the_same_answer_in_both_engines(exported, random_samples):
+    _variant, _source, folder = exported
+    image = random_samples[0].image
+    for prompt in ("what is the colour of the circle?", None):
+        onnx, torch_ = (ask(folder, image, prompt, engine, max_new_tokens=6) for engine in ("onnx", "torch"))
+        assert onnx == torch_
+        assert onnx.tokens
 
 
 def test_onnxruntime_gives_the_dequantized_model_s_tokens(exported):
