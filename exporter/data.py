@@ -17,6 +17,7 @@ from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.samples import COUNT, Sample, Samples, image_digests, refuse_leakage
 from vlmq.formats import folder as folders
+from vlmq.formats.errors import FormatError
 
 DEMO = "demo"  # names the demo's own sets, whatever the model
 HELD_OUT = 64  # samples for verification where no data set is named
@@ -65,11 +66,11 @@ def choose(
     return Data(Samples(drawn.source, kept) if count else None, digests, evaluated)
 
 
-def evaluation_set(source: str | None, calibrated_on: str) -> Samples:
-    """The samples that `vlmq verify` asks about: those named, or the demo's where it was calibrated on the demo's."""
-    if source is None and calibrated_on != DEMO:
+def evaluation_set(source: str | None) -> Samples:
+    """All samples of the set that `vlmq verify` asks about."""
+    if source is None:
         raise VlmqError("--data: name the samples to verify on: a folder, .json or .jsonl that was not calibrated on")
-    return _read(source or DEMO, "evaluation", None, 0)
+    return _read(source, "evaluation", None, 0)
 
 
 def _unseen(samples: tuple[Sample, ...], digests: dict[str, str]) -> tuple[Sample, ...]:
@@ -95,8 +96,12 @@ def demo_folder(split: str) -> Path:
         cache = Path(mkdtemp(prefix="vlmq-demo-"))  # a home that cannot be written to, as in some containers
     final = cache / split
     if not final.is_dir():
-        with folders.staged(final) as stage:
-            write_split(split, stage)
+        try:
+            with folders.staged(final) as stage:
+                write_split(split, stage)
+        except FormatError:
+            if not final.is_dir():  # unless another process has just drawn the same
+                raise
     return final
 
 

@@ -15,6 +15,7 @@ import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
 from vlmq.exporter.evaluation.verify import Verdict, verify
@@ -72,6 +73,10 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     plan = walk(model, checkpoint.family)
     assignment = request.recipe.assign(plan)
     calibrated = any(METHODS[scheme.method].calibrated for scheme in assignment.schemes.values())
+    if calibrated and request.samples < 1:
+        raise VlmqError(
+            f"{request.samples} samples: {request.recipe.method} needs at least one; choose a larger --samples"
+        )
     data = datas.choose(
         checkpoint,
         request.calibration,
@@ -119,7 +124,8 @@ def verify_folder(
         raise VlmqError(
             f"{checkpoint.folder}: not the weights that {folder} was made from; name those with --reference"
         )
-    samples = datas.evaluation_set(data, made.calibration.dataset if made.calibration else datas.DEMO)
+    is_demo = made.source.name in CHECKPOINTS or (made.calibration and made.calibration.dataset == datas.DEMO)
+    samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
     verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
     report.write(verdict, folder)
     return verdict

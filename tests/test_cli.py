@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from vlmq import cli
+from vlmq.exporter.pipeline import Request, export
+from vlmq.exporter.recipe import make_recipe
 
 
 @pytest.fixture
@@ -60,7 +62,15 @@ def test_inspect_as_json_counts_the_bytes_that_an_export_has(vlmq, tiny_folders,
     assert file.stat().st_size - header == expected
 
 
-def bad_inputs(folder, tmp_path, images):
+@pytest.fixture(scope="module")
+def exported(tiny_folders, tmp_path_factory):
+    """An export by rounding to nearest: safetensors alone, calibrated on nothing."""
+    output = tmp_path_factory.mktemp("cli") / "out"
+    recipe = make_recipe({"method": "rtn", "group_size": 32})
+    return export(Request(str(tiny_folders["blip2-opt"]), output, recipe, formats="safetensors", verify=False)).folder
+
+
+def bad_inputs(folder, exported, tmp_path, images):
     """name -> (arguments, what the one line must say)"""
     truncated = shutil.copytree(folder, tmp_path / "truncated")
     file = truncated / "model.safetensors"
@@ -84,6 +94,8 @@ def bad_inputs(folder, tmp_path, images):
         "no such method": (("export", folder, "--method", "magic"), "unknown method 'magic'"),
         "group": (("export", folder), "64 columns do not divide into groups of 128"),
         "odd group": (("export", folder, "--group-size", 50), "a group of 50 columns"),
+        "no samples": (("export", folder, *fine, "--samples", 0), "0 samples: awq needs at least one"),
+        "nothing to verify on": (("verify", exported), "name the samples to verify on"),
         "exists": (("export", folder, *fine, "-o", existing), "exists already"),
         "missing image": (("export", folder, *fine, "--calibration", lines), "gone.png"),
         "no parent": (("export", folder, *fine, "-o", tmp_path / "no" / "such"), "no such folder"),
@@ -103,6 +115,8 @@ BAD = (
     "no such method",
     "group",
     "odd group",
+    "no samples",
+    "nothing to verify on",
     "exists",
     "missing image",
     "no parent",
@@ -114,8 +128,11 @@ BAD = (
 
 
 @pytest.mark.parametrize("which", BAD)
-def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(which, vlmq, tiny_folders, tmp_path, random_samples):
-    arguments, message = bad_inputs(tiny_folders["blip2-opt"], tmp_path, random_samples[0].image.parent)[which]
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
+    which, vlmq, tiny_folders, exported, tmp_path, random_samples
+):
+    images = random_samples[0].image.parent
+    arguments, message = bad_inputs(tiny_folders["blip2-opt"], exported, tmp_path, images)[which]
     before = sorted(tmp_path.rglob("*"))
     code, out, err = vlmq(*arguments)
     assert (code, out) == (2, "")
