@@ -1,13 +1,14 @@
 """The command line: arguments become one value, one call does the work, and the person sees the result.
 
 Heavy imports are inside the commands, so that --help answers at once. Exit codes: 0, 1 (the export does not answer
-as the reference did), 2 (bad input), 130 and 143 (stopped).
+as the reference did), 2 (bad input), 3 (a fault of vlmq), 130 and 143 (stopped).
 """
 
 import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, Signature, signature
@@ -135,7 +136,7 @@ def export(
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import export as run_export
 
-    name = output or Path(f"{Path(model).name}-{recipe.method}-w{recipe.bits}")
+    name = output or Path(f"{Path(model).resolve().name}-{recipe.method}-w{recipe.bits}")
     request = Request(
         model=model,
         output=name,
@@ -162,7 +163,8 @@ def export(
         found = sizes(done.manifest)
         typer.echo(
             f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller "
-            f"than fp16 with scales ({found.bits_per_weight:.2f} bits per weight)"
+            f"than fp16 with scales ({found.bits_per_weight:.2f} bits per weight); "
+            f"all weights {found.files_ratio:.2f} x"
         )
         if done.note:
             typer.echo(f"note: {done.note}")
@@ -275,7 +277,7 @@ def _print_table(verdict: "Verdict") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vlmq.exporter.evaluation.report import rows
+    from vlmq.exporter.evaluation.report import criterion, rows
 
     title = (
         f"{verdict.samples} questions about {verdict.images} images"
@@ -291,7 +293,7 @@ def _print_table(verdict: "Verdict") -> None:
     console = Console()
     Console(width=None if console.is_terminal else 110).print(table)
     word = "[green]ok[/]" if verdict.ok else "[red]failed[/]"
-    console.print(f"{word}: a drop of up to {verdict.max_drop:g} points is allowed at {verdict.bits} bits")
+    console.print(f"{word}: {criterion(verdict)}")
 
 
 def _print_tree(found: "Inspection") -> None:
@@ -378,7 +380,8 @@ def main() -> None:
         from vlmq.formats.errors import FormatError
 
         if not isinstance(error, VlmqError | FormatError):
-            raise
+            traceback.print_exception(error)
+            raise SystemExit(3) from None
         typer.echo(f"vlmq: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None
 

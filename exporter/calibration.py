@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
 from vlmq.exporter.images import open_image
+from vlmq.exporter.runtime import check_image_tokens
 from vlmq.exporter.samples import IMAGE_MARK, Sample, prompt_of
 from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block
@@ -120,6 +121,8 @@ def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family
         text = " ".join([prompt_of(sample, family), *sample.answers[:1]])
         image = None if sample.image is None else open_image(sample.image)
         inputs = dict(processor(images=image, text=text, return_tensors="pt"))
+        if image is not None:
+            check_image_tokens(processor, text, inputs["input_ids"][0].numpy())
         prepared.setdefault((inputs["input_ids"].shape[1], image is None), []).append(inputs)
     return [
         {key: torch.cat([inputs[key] for inputs in same[start : start + BATCH]]) for key in same[0]}

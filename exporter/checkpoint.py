@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -20,9 +27,10 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family, family_of
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
+from vlmq.formats import shards
+from vlmq.formats.errors import FormatError
+from vlmq.formats.shards import weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -101,13 +109,19 @@ def open_checkpoint(name: str, revision: str | None = None, weights: bool = True
     folder, revision = _find(name, revision, weights)
     config = _config(folder)
     family = family_of(config)
-    if not weights and not _weight_files(folder):
+    if not weights and not _has_weights(folder):
         return Checkpoint(name, folder, config, family, revision)
     on_disk = _headers(folder)
+    model = skeleton(config)
     try:
-        names = memory_names(on_disk, skeleton(config))
+        names = memory_names(on_disk, model)
     except ValueError as error:
         raise VlmqError(f"{folder}: {error}") from error
+    absent = sorted({name for name, _ in model.named_parameters()} - set(names.values()))
+    if absent:
+        raise VlmqError(
+            f"{folder}: {absent[0]} and {len(absent) - 1} more tensors are absent; get the checkpoint again"
+        )
     return Checkpoint(
         name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()}
     )
@@ -126,8 +140,12 @@ def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | N
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise VlmqError(missing)
     try:
-        patterns = DOWNLOADED if weights else ["*.json"]
+        patterns = DOWNLOADED if weights else ["config.json"]
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise VlmqError(f"{name}: is gated; accept its licence on the Hub and log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise VlmqError(f"{name}: has no revision {revision}; name a branch, a tag or a commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise VlmqError(missing) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -147,29 +165,24 @@ def _config(folder: Path) -> PretrainedConfig:
         raise VlmqError(f"{file}: {str(error).strip().splitlines()[0]}; vlmq exports BLIP-2 and LLaVA") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-        for file in files:
-            if not file.is_file():
-                raise VlmqError(f"{file}: the shard is missing, {INDEX} names it; get it again")
-        return files
-    single = folder / SINGLE
-    return [single] if single.is_file() else []
+def _has_weights(folder: Path) -> bool:
+    """Whether every weight file is there: a configuration and an index alone are enough to inspect."""
+    try:
+        return bool(weight_files(folder))
+    except FormatError:
+        return False
 
 
 def _headers(folder: Path) -> dict[str, Path]:
     """On-disk tensor name -> file, from the headers; a truncated file is found here, before any work."""
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
         if pickles:
             raise VlmqError(
                 f"{folder}: only a pickle ({pickles[0]}), which could run code; convert it to safetensors first"
             )
-        raise VlmqError(f"{folder}: has no {SINGLE}; name the folder of a safetensors checkpoint")
+        raise VlmqError(f"{folder}: has no {shards.SINGLE}; name the folder of a safetensors checkpoint")
     on_disk = {}
     for file in files:
         try:

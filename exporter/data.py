@@ -15,11 +15,12 @@ from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.demo import catalog as demo
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.samples import COUNT, Sample, Samples, image_digests, refuse_leakage
+from vlmq.exporter.samples import COUNT, Sample, Samples, draw, image_digests, refuse_leakage
 from vlmq.formats import folder as folders
 from vlmq.formats.errors import FormatError
 
 DEMO = "demo"  # names the demo's own sets, whatever the model
+EVALUATED = 5000  # samples at most, drawn where the set has more: VQAv2's 214,354 would take days on a CPU
 HELD_OUT = 64  # samples for verification where no data set is named
 
 
@@ -56,7 +57,7 @@ def choose(
     digests = image_digests(kept)
     evaluated = None
     if verify:
-        evaluated = _read(named, "evaluation", None, seed) if named else Samples(drawn.source, _unseen(rest, digests))
+        evaluated = evaluation_set(named) if named else Samples(drawn.source, _unseen(rest, digests))
         if not evaluated.samples:
             raise VlmqError(
                 f"{source}: after {len(kept)} samples to calibrate on, none is left to verify on; "
@@ -67,10 +68,11 @@ def choose(
 
 
 def evaluation_set(source: str | None) -> Samples:
-    """All samples of the set that `vlmq verify` asks about."""
+    """The samples that `vlmq verify` asks about: all of the set, or EVALUATED of them."""
     if source is None:
         raise VlmqError("--data: name the samples to verify on: a folder, .json or .jsonl that was not calibrated on")
-    return _read(source, "evaluation", None, 0)
+    found = _read(source, "evaluation", None, 0)
+    return Samples(found.source, draw(found.samples, EVALUATED))
 
 
 def _unseen(samples: tuple[Sample, ...], digests: dict[str, str]) -> tuple[Sample, ...]:

@@ -160,10 +160,8 @@ def _blip2(config: PretrainedConfig) -> Family:
 
 def _read_vision_layers(config: PretrainedConfig) -> int:
     """How many CLIP layers run before the last hidden state LLaVA reads: with -2, all but one."""
-    layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
-    depth = config.vision_config.num_hidden_layers
-    return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    layer = config.vision_feature_layer
+    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
 
 
 def _llava(config: PretrainedConfig) -> Family:
@@ -173,6 +171,10 @@ def _llava(config: PretrainedConfig) -> Family:
     if vision.model_type != "clip_vision_model":
         raise VlmqError(
             f"vision_tower: LLaVA with {vision.model_type} is not supported; the supported tower is clip_vision_model"
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        raise VlmqError(
+            f"config.json: vision_feature_layer {config.vision_feature_layer} reads several layers; one is supported"
         )
     llama: tuple[Reads, ...] = LLAMA
     if text.num_key_value_heads != text.num_attention_heads:  # grouped queries: several rows of o read one row of v

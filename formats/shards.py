@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vlmq.formats.errors import FormatError
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained
 DTYPES = {
     torch.float64: "F64",
@@ -50,10 +52,29 @@ class Header:
         return self.count * self.dtype.itemsize
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that make up a checkpoint, as transformers chooses them: those of the index, else the single one.
+
+    Other safetensors beside them (adapters, a consolidated copy) are not part of it. FormatError for a broken index
+    or a shard that it names and that is not there.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise FormatError(f"{index}: not an index of shards; get it again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder / name}: the shard is missing, {INDEX} names it; get it again")
+    return [folder / name for name in names]
+
+
 def headers(folder: Path) -> dict[str, Header]:
     """Every tensor in the safetensors files of a folder. FormatError for a broken file or a tensor in two of them."""
     found: dict[str, Header] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -100,7 +121,7 @@ class SafetensorsWriter:
         self._finish()
         count = len(self._shards)
         if count == 1:
-            final = [self.folder / "model.safetensors"]
+            final = [self.folder / SINGLE]
         else:
             final = [self.folder / f"model-{shard + 1:05}-of-{count:05}.safetensors" for shard in range(count)]
         for shard, path in enumerate(final):
@@ -109,7 +130,7 @@ class SafetensorsWriter:
             return final
         where = {name: path.name for path, names in zip(final, self._shards, strict=True) for name in names}
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(where.items()))}
-        path = self.folder / "model.safetensors.index.json"
+        path = self.folder / INDEX
         path.write_text(json.dumps(index, indent=2) + "\n")
         return [*final, path]
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmq.exporter.checkpoint import open_checkpoint, release
 from vlmq.exporter.errors import VlmqError
+from vlmq.formats.errors import FormatError
+from vlmq.formats.shards import headers
 
 
 @pytest.fixture
@@ -81,12 +83,40 @@ def test_a_truncated_shard_is_found_when_it_is_opened(copy):
         open_checkpoint(str(copy))
 
 
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_work(copy):
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("input_layernorm.weight"))
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, copy / "model.safetensors")
+    with pytest.raises(VlmqError, match=r"input_layernorm\.weight and 0 more tensors are absent"):
+        open_checkpoint(str(copy))
+
+
+def test_a_configuration_and_an_index_without_shards_are_enough_to_inspect(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert open_checkpoint(str(copy), weights=False).places == {}
+
+
+def test_other_safetensors_beside_a_checkpoint_are_not_part_of_it(copy):
+    save_file({"adapter": torch.zeros(1)}, copy / "adapter_model.safetensors")
+    places = open_checkpoint(str(copy)).places
+    assert {place.file.name for place in places.values()} == {"model.safetensors"}
+    assert "adapter" not in headers(copy)
+
+
+def test_a_tower_of_which_several_layers_are_read_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vision_feature_layer": [-2, -3]}))
+    with pytest.raises(VlmqError, match="reads several layers; one is supported"):
+        open_checkpoint(str(copy))
+
+
 def test_a_missing_shard_is_named(copy):
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}})
     )
-    with pytest.raises(VlmqError, match=r"gone\.safetensors: the shard is missing"):
+    with pytest.raises(FormatError, match=r"gone\.safetensors: the shard is missing"):
         open_checkpoint(str(copy))
 
 

@@ -111,6 +111,8 @@ def test_a_name_written_twice_is_refused(tmp_path):
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for name in ("one", "two"):
         save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match=r"a is in one\.safetensors too"):
         headers(tmp_path)
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq.exporter.evaluation.verify import Score, Side, Verdict
+from vlmq.exporter.evaluation.verify import BITS_WITH_MIN_COSINE, MIN_COSINE, Score, Side, Verdict
 
 REPORT = "report.json"
 
@@ -31,6 +31,15 @@ def rows(verdict: Verdict) -> list[Row]:
         for component, value in found.items()
     ]
     return [*answered, agreed, *alike, *_sizes(verdict), *_times(verdict.reference, verdict.export)]
+
+
+def criterion(verdict: Verdict) -> str:
+    """What the verdict rests on, in words."""
+    if verdict.accuracy:
+        return f"a drop of up to {verdict.max_drop:g} points is allowed at {verdict.bits} bits"
+    if verdict.bits < BITS_WITH_MIN_COSINE:
+        return f"no answers to score, and at {verdict.bits} bits no cosine is demanded: look at the table"
+    return f"no answers to score; each component's cosine to the reference must be at least {MIN_COSINE}"
 
 
 def _accuracy(kind: str, score: Score) -> Row:

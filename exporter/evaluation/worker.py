@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from vlmq.exporter.evaluation.memory import forget_peak, peak, resident
 from vlmq.exporter.runtime import Engine, open_processor, open_vlm, without_torch
 from vlmq.exporter.samples import prompt_of
 from vlmq.formats.errors import FormatError
+
+BATCH_BYTES = 2 * 1024**3
+PROMPT_TOKENS = 64
 
 
 def import_everything(folder: Path, engine: Engine) -> None:
@@ -50,7 +53,8 @@ def work(request: Request, here: Path, said: TextIO) -> None:
 
     from vlmq.exporter.families import family_of
 
-    family = family_of(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config)
     imported = resident()
     vlm = open_vlm(folder, request.engine)
     gc.collect()
@@ -68,7 +72,8 @@ def work(request: Request, here: Path, said: TextIO) -> None:
         said.write(f"{done} {of}\n")
         said.flush()
 
-    answers = answer_all(vlm, request.samples, family, request.batch_size, request.max_new_tokens, tell)
+    batch_size = fitting(config, request.batch_size)
+    answers = answer_all(vlm, request.samples, family, batch_size, request.max_new_tokens, tell)
     if request.probes:
         prompts = [prompt_of(sample, family) for sample in request.probes]
         np.savez(here / "outputs.npz", **outputs_of(vlm, images_of(request.probes), prompts))
@@ -81,6 +86,18 @@ def work(request: Request, here: Path, said: TextIO) -> None:
         "threads": _threads(request.engine),
     }
     (here / "found.json").write_text(json.dumps(found))
+
+
+def fitting(config: Any, wanted: int) -> int:
+    """The largest batch whose caches and logits, float32, stay within BATCH_BYTES; at least 1, at most `wanted`."""
+    text = config.text_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    tokens = (
+        getattr(config, "num_query_tokens", None) or getattr(config, "image_seq_length", None) or 576
+    ) + PROMPT_TOKENS
+    sample = 4 * tokens * (2 * text.num_hidden_layers * width + text.vocab_size)
+    return max(1, min(wanted, BATCH_BYTES // sample))
 
 
 def _threads(engine: Engine) -> int:
