@@ -16,7 +16,7 @@ from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.recipe import Assignment, Scheme
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.statistics import Statistics, output_loss
 from vlmq.exporter.walk import Block, Input, Walk
 from vlmq.kernels.grid import QuantizedWeight
 
@@ -178,8 +178,7 @@ def _stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
 def _relative_loss(dense: Tensor, weight: Tensor, seen: Statistics | None) -> float | None:
     if seen is None:
         return None
-    error = dense - weight
-    return (((error @ seen.gram) * error).sum() / ((weight @ seen.gram) * weight).sum().clamp(min=1e-30)).item()
+    return (output_loss(dense - weight, seen.gram) / output_loss(weight, seen.gram).clamp(min=1e-30)).item()
 
 
 def _settle(

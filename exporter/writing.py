@@ -23,7 +23,6 @@ class Written:
 
     records: dict[str, manifest.TensorRecord]  # by module name on disk
     grids: dict[str, Grid]  # of the packed linears, by name in memory
-    losses: dict[str, float]  # relative squared output error on the calibration samples
 
 
 def write_weights(
@@ -32,7 +31,7 @@ def write_weights(
     """Write every tensor of the checkpoint, quantized or not, block by block; nothing is held longer than its block."""
     writer = SafetensorsWriter(folder, max_shard_bytes)
     left = dict(checkpoint.places)
-    written = Written({}, {}, {})
+    written = Written({}, {})
     for done in blocks:
         for name in [name for name in left if name.startswith(f"{done.block.name}.")]:
             place = left.pop(name)
@@ -55,8 +54,6 @@ def _add(
     checkpoint: Checkpoint, written: Written, name: str, on_disk: str, solved: Solved, block: Block
 ) -> dict[str, Tensor]:
     """Note what became of a site, and return its tensors."""
-    if solved.loss is not None:
-        written.losses[name] = solved.loss
     fold = _fold_in_words(checkpoint, name, solved, block)
     if isinstance(solved.weight, QuantizedWeight):
         written.grids[name] = solved.weight.grid
