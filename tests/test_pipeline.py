@@ -9,14 +9,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmq.exporter import pipeline
+from vlmq.exporter import pipeline, sources
 from vlmq.exporter.asking import ask
+from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import family_of
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.runtime import OnnxVlm, TorchVlm
+from vlmq.exporter.simulate import simulate
 from vlmq.formats import compressed_tensors, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.formats.onnx_weights import read_weights
@@ -123,6 +125,19 @@ def test_the_weights_in_onnx_are_those_in_safetensors_bit_for_bit(exported):
     assert set(graphs) == set(names.values())
     for name, weight in graphs.items():
         assert torch.equal(weight.dequantize(), state[f"{name}.weight"])
+
+
+def test_what_is_written_is_what_was_solved_folds_included(exported, pictures):
+    """Against the weights that the blocks had while they were calibrated, which never went through a file."""
+    _variant, source, folder = exported
+    samples = sources.read(pictures, 8).samples
+    solved, _ = simulate(open_checkpoint(str(source)), make_recipe({"group_size": 32}), samples)
+    written = dequantized(source, folder).state_dict()
+    folded = 0
+    for name, tensor in solved.state_dict().items():
+        assert torch.equal(written[name], tensor), name
+        folded += "norm" in name
+    assert folded > 10
 
 
 def test_what_was_neither_quantized_nor_folded_is_the_source_s_byte_for_byte(exported):
