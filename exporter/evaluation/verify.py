@@ -186,7 +186,7 @@ def _share_equal(first: list[list[int]], second: list[list[int]]) -> float:
 
 
 def _side(folder: Path, found: Measurement) -> Side:
-    return Side(str(folder), found.engine, found.threads, _weights(folder), found.memory, found.seconds_per_answer)
+    return Side(folder.name, found.engine, found.threads, _weights(folder), found.memory, found.seconds_per_answer)
 
 
 def _weights(folder: Path) -> dict[str, int]:
