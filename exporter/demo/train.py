@@ -1,13 +1,13 @@
 """Train a demo model from scratch on a CPU: `python -m vlmq.exporter.demo.train llava-mini`.
 
-Three things happen in one run, all set by how much of the time has gone: at first only naming (supervision.py), by the
-vision tower and then by the Q-Former too, then answers and captions with naming as a quarter of the loss, about one
-thing at first and then up to four; and a learning rate that rises briefly and falls along a cosine. Pictures never
-repeat.
+One run has two stages, set by how much of the time has gone, each with a learning rate that rises briefly and falls
+along a cosine. First seeing: the vision tower learns to name things (supervision.py), soon the Q-Former too. Then they
+are frozen, as pretrained ones are when a vision-language model is made, and speaking begins: projection and language
+model learn answers and captions, about two things at first and then up to four. Trained together, colours and shapes
+are named one by one and hardly ever bound to each other. Pictures never repeat.
 
-The shipped checkpoints come from runs that were stopped and resumed while these stages were being found, BLIP-2's
-language model from a last one with the tower and the Q-Former frozen; the stages as they are here have not yet been
-run from start to end.
+The shipped checkpoints come from sessions that were stopped and resumed while these stages were being found: LLaVA's
+parts were trained together to the end, BLIP-2's language model as here, on the frozen tower and Q-Former.
 """
 
 from __future__ import annotations
@@ -37,26 +37,29 @@ from vlmq.exporter.demo.world import Scene, scene_of
 PICTURES = 8  # per step
 QUESTIONS = 12  # per picture, and one caption
 PEAK = 1.2e-3  # learning rate
-WARMUP = 0.02  # of the time
-NAMING_PATCHES = 0.05  # of the time; a Q-Former that starts on a tower without places settles for none
-NAMING_ALONE = 0.10  # of the time
-NAMING = 0.25  # weight of that loss afterwards
-WORDS = 0.2  # weight of wording, likewise
-CROWD = 0.25  # of the time until answers are about up to four things
-LESSONS = 0.75  # of the time until questions are asked as often as they will be
+SEEING = 0.45  # of the time
+WARMUP = 0.05  # of a stage
+PATCHES_ALONE = 0.15  # of seeing; a Q-Former that starts on a tower without places settles for none
+WORDS = 0.2  # weight of wording beside answers
+CROWD = 0.12  # of speaking until answers are about up to four things
+LESSONS = 0.7  # of speaking until questions are asked as often as they will be
+SPEAKING = ("language_model", "language_projection", "model.language_model", "model.multi_modal_projector", "lm_head")
 REPORT = 400  # steps
 
 
-def most_things(progress: float) -> int:
-    """Answers start with one thing. Naming does not: what is alone need not be found, and no query learns to find."""
-    if progress < NAMING_ALONE:
-        return 4
-    return 1 + min(3, int(4 * (progress - NAMING_ALONE) / (CROWD - NAMING_ALONE)))
+def stage_of(progress: float) -> tuple[bool, float]:
+    """Whether speaking has begun, and how much of the stage has gone."""
+    return (False, progress / SEEING) if progress < SEEING else (True, (progress - SEEING) / (1 - SEEING))
 
 
-def learning_rate(progress: float) -> float:
-    rise = min(1.0, progress / WARMUP)
-    return PEAK * rise * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+def most_things(speaking: bool, gone: float) -> int:
+    """Answers start with two things. Naming does not: what is alone need not be found, and no query learns to find."""
+    return 2 + min(2, int(2 * gone / CROWD)) if speaking else 4
+
+
+def learning_rate(gone: float) -> float:
+    rise = min(1.0, gone / WARMUP)
+    return PEAK * rise * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, gone))) / 2)
 
 
 def new_scenes(step: int, most: int) -> list[Scene]:
@@ -97,19 +100,22 @@ class Training:
 
     def learn(self, progress: float) -> dict[str, float]:
         """One step on new pictures; its losses."""
-        scenes = new_scenes(self.step, most_things(progress))
-        batch = pack(self.demo, scenes, QUESTIONS, TAUGHT if progress < LESSONS else ASKED).to(self.model.device)
+        speaking, gone = stage_of(progress)
+        scenes = new_scenes(self.step, most_things(speaking, gone))
+        batch = pack(self.demo, scenes, QUESTIONS, TAUGHT if gone < LESSONS else ASKED).to(self.model.device)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(SPEAKING) == speaking)
+        losses: dict[str, Tensor] = {}
         with torch.autocast(self.model.device.type, torch.bfloat16):
             patches, queries, image = self.demo.look(self.model, batch.pixels)
-            named = queries if progress >= NAMING_PATCHES else None
-            losses: dict[str, Tensor] = {"naming": self.supervision(patches, named, scenes)}
-            loss = losses["naming"]
-            if progress >= NAMING_ALONE:
+            if speaking:
                 losses["answers"] = answer_loss(logits_of(self.demo, self.model, batch, image), batch)
                 losses["words"] = wording(image, self.model.get_input_embeddings().weight, scenes)
-                loss = losses["answers"] + NAMING * losses["naming"] + WORDS * losses["words"]
+                loss = losses["answers"] + WORDS * losses["words"]
+            else:
+                loss = losses["naming"] = self.supervision(patches, queries if gone >= PATCHES_ALONE else None, scenes)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progress)
+            group["lr"] = learning_rate(gone)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
