@@ -75,7 +75,7 @@ class Checkpoint:
         """The dtype a tensor is stored in, read from the header."""
         place = self.places[name]
         with safe_open(place.file, framework="pt") as file:
-            return getattr(torch, _DTYPES[file.get_slice(place.name).get_dtype()])
+            return shards.BY_NAME[file.get_slice(place.name).get_dtype()]
 
     def fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         """Give a module's parameters and persistent buffers their values, float32; `prefix` is its in-memory name."""
@@ -85,9 +85,6 @@ class Checkpoint:
         for name, buffer in module.named_buffers(prefix, recurse):
             if name in self.places:
                 buffer.copy_(self.read(name))
-
-
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
