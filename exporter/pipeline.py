@@ -3,7 +3,7 @@
 checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from vlmq.exporter.evaluation import report
 from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.progress import Progress
 from vlmq.exporter.quantize import QuantizedBlock, quantize
 from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.runtime import open_processor
@@ -31,7 +32,6 @@ from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import copy_companions, staged
 
 Formats = Literal["safetensors", "onnx", "both"]
-Progress = Callable[[str, int, int], None]  # what is under way, how much is done, of how much
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ For every block: read its weights, gather the statistics of its inputs, fold the
 the folds changed nothing, choose the codes, and run the quantized block to get the next block's inputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,11 @@ from vlmq.exporter.calibration import Calibration, Call, gather
 from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.progress import Progress
 from vlmq.exporter.recipe import Assignment, Scheme
 from vlmq.exporter.statistics import Statistics, output_loss
 from vlmq.exporter.walk import Block, Input, Walk
 from vlmq.kernels.grid import QuantizedWeight
-
-Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vlmq.exporter.evaluation import vqa
 from vlmq.exporter.evaluation.components import cosine
 from vlmq.exporter.evaluation.measure import Measurement, Memory, measure
 from vlmq.exporter.evaluation.statistics import PairedDifference, paired_difference
+from vlmq.exporter.progress import Progress
 from vlmq.exporter.runtime import Engine, engine_of
 from vlmq.exporter.samples import Sample, refuse_leakage
 from vlmq.formats import manifest
@@ -29,8 +30,6 @@ MAX_DROP_FROM_4_BITS = 2.0
 # Without answers to score, a component whose outputs point elsewhere altogether is what can be told.
 MIN_COSINE = 0.8
 BITS_WITH_MIN_COSINE = 4
-
-Progress = Callable[[str, int, int], None]  # what is under way, how many done, of how many
 
 
 @dataclass(frozen=True)
