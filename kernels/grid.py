@@ -1,4 +1,4 @@
-"""The grid: which levels a quantized weight may take, and the arithmetic between a weight and its codes.
+"""The grid: which levels a quantized value may take, and the arithmetic between values and their codes.
 
 A weight (out, in) is cut along its columns into groups; a group has one scale and one zero, and
 
@@ -6,15 +6,19 @@ A weight (out, in) is cut along its columns into groups; a group has one scale a
 
 Symmetric grids have zero = 2**(bits - 1) everywhere. The scale is rounded to the dtype it will be stored in
 before any code is computed, so that what is written is what was solved.
+
+The input of a linear (tokens, in) lies on a grid of the same kind: a row is a token. Its scales are computed as it
+comes (`ROW`: per token; groups: per token and group), or lie between limits known beforehand (`TENSOR`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 5, 6, 8)
 ROW = -1
+TENSOR = 0
 
 
 @dataclass(frozen=True)
@@ -22,24 +26,30 @@ class Grid:
     """The levels a value may take: 2**bits of them, spaced anew in every group."""
 
     bits: int
-    group: int = 128  # columns that share a scale; ROW (-1) for the whole row
+    group: int = 128  # columns that share a scale; ROW (-1) for the whole row, TENSOR (0) for all rows together
     symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"{self.bits} bits; choose one of {', '.join(map(str, BITS))}")
-        if self.group != ROW and not (16 <= self.group <= 256 and self.group % 16 == 0):
+        if self.group not in (ROW, TENSOR) and not (16 <= self.group <= 256 and self.group % 16 == 0):
             raise ValueError(
-                f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, or -1 for the row"
+                f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, -1 for the row, "
+                "or 0 for the whole tensor"
             )
 
     @property
     def levels(self) -> int:
         return 2**self.bits
 
+    @property
+    def stored(self) -> "Grid":
+        """The grid that files know it as: the one scale of a whole tensor is repeated for every row."""
+        return replace(self, group=ROW) if self.group == TENSOR else self
+
     def width(self, columns: int) -> int:
         """Columns of one group of a weight that has so many columns; ValueError where they do not divide."""
-        width = columns if self.group == ROW else self.group
+        width = columns if self.group in (ROW, TENSOR) else self.group
         if columns % width:
             fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
             remedy = (
@@ -76,13 +86,20 @@ def fit(
     (..., out, groups). A group of zeros gets scale 1.
     """
     groups = weight.float().unflatten(-1, (-1, grid.width(weight.shape[-1])))
+    low, high = groups.amin(-1), groups.amax(-1)
+    if grid.group == TENSOR:
+        low = low.amin(-2, keepdim=True).expand_as(low)
+        high = high.amax(-2, keepdim=True).expand_as(high)
+    return between(low * clip, high * clip, grid, dtype)
+
+
+def between(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale of `dtype` and zero uint8 of the grids whose levels span low .. high, and 0; any shape, kept."""
     if grid.symmetric:
         half = grid.levels // 2
-        scale = groups.abs().amax(-1) * clip / (half - 1)
-        zero = torch.full_like(scale, half)
-        return _storable(scale, dtype), zero.to(torch.uint8)
-    low = groups.amin(-1).clamp(max=0) * clip
-    high = groups.amax(-1).clamp(min=0) * clip
+        scale = torch.maximum(-low, high) / (half - 1)
+        return _storable(scale, dtype), torch.full_like(scale, half).to(torch.uint8)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _storable((high - low) / (grid.levels - 1), dtype)
     zero = torch.round(-low / scale.float()).clamp(0, grid.levels - 1)
     return scale, zero.to(torch.uint8)
@@ -113,6 +130,41 @@ def round_trip(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, c
     """The weight as its grid would store it, float32: dequantize(quantize(fit)) in one call."""
     scale, zero = fit(weight, grid, dtype, clip)
     return dequantize(quantize(weight, scale, zero, grid), scale, zero)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the values of an input are clamped to before they are rounded, known from calibration."""
+
+    low: float
+    high: float
+
+
+def round_input(x: Tensor, grid: Grid, limits: Limits | None = None) -> Tensor:
+    """The input of a linear (..., in) as its grid holds it, in its own dtype; scales float32.
+
+    A TENSOR grid spans the limits and needs them; others span what each token (or group) has, clamped to the limits.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if limits and grid.group != TENSOR:
+        rows = rows.clamp(limits.low, limits.high)
+    if grid.group == TENSOR:
+        if limits is None:
+            raise ValueError("one range for a whole input must be known beforehand; calibrate it")
+        edges = rows.new_tensor([[limits.low, limits.high]])
+        scale, zero = between(edges[:, :1], edges[:, 1:], grid, torch.float32)
+        scale, zero = scale.expand(len(rows), 1), zero.expand(len(rows), 1)
+    else:
+        scale, zero = fit(rows, grid, torch.float32)
+    return _nearest(rows, scale, zero, grid).reshape(x.shape).to(x.dtype)
+
+
+def _nearest(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """dequantize(quantize(values)) without the detour over uint8: values (..., out, in) float32, in place of codes."""
+    groups = values.unflatten(-1, (scale.shape[-1], -1))
+    scale, zero = scale.unsqueeze(-1), zero.float().unsqueeze(-1)
+    codes = torch.round(groups / scale).clamp_(-zero, grid.levels - 1 - zero)
+    return (codes * scale).flatten(-2)
 
 
 def to_grid(

@@ -6,6 +6,8 @@ Three ways to the same product:
 * fast        torch's int4 product for CPUs, after `to_fast()`, for bfloat16 inputs of a layer that `has_fast`;
 * exported    onnxruntime's MatMulNBits, while torch.onnx.export traces the layer.
 
+The first two round the input first, where the layer has a grid for it; the third has no operator that would.
+
 The layer holds its codes once: `to_fast()` replaces MatMulNBits' layout by torch's, `to_portable()` undoes it.
 
 Why bfloat16 only: torch 2.13 takes float32 and float16 too, but vectorizes bfloat16 alone. A 2048 x 2048 weight times
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmq.kernels import nbits
-from vlmq.kernels.grid import QuantizedWeight
+from vlmq.kernels.grid import TENSOR, Grid, Limits, QuantizedWeight, round_input
 from vlmq.kernels.nbits import NBitsWeight
 
 FAST_BLOCKS = (32, 64, 128, 256)
@@ -26,15 +28,29 @@ INT8_ACTIVATIONS = 4  # the accuracy_level at which MatMulNBits computes in int8
 
 
 class QuantizedLinear(nn.Module):
-    """y (..., out) = x (..., in) W^T + bias, W on a grid.
+    """y (..., out) = x (..., in) W^T + bias, W on a grid, and x too where `inputs` is one.
 
     Buffers `qweight`, `scales`, `qzeros` have the shapes of kernels/nbits.py; scales keep the dtype they were solved
     in whatever the model is cast to. `bias` is a parameter or None. `accuracy_level` only concerns the exported
-    operator: 0 multiplies in the dtype of x, 4 in int8.
+    operator: 0 multiplies in the dtype of x, 4 in int8. `limits` are those of `round_input`. ValueError where `inputs`
+    is a TENSOR grid without limits, or has groups that do not divide the columns.
     """
 
-    def __init__(self, packed: NBitsWeight, bias: Tensor | None = None, accuracy_level: int = 0) -> None:
+    def __init__(
+        self,
+        packed: NBitsWeight,
+        bias: Tensor | None = None,
+        accuracy_level: int = 0,
+        inputs: Grid | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         super().__init__()
+        if inputs is not None:
+            inputs.width(packed.columns)
+            if inputs.group == TENSOR and limits is None:
+                raise ValueError("one range for a whole input must be known beforehand; give its limits")
+        self.inputs = inputs
+        self.limits = limits
         self.grid = packed.grid
         self.block = packed.block
         self.out_features = packed.qweight.shape[0]
@@ -54,15 +70,25 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_weight(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, accuracy_level: int = 0
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        accuracy_level: int = 0,
+        inputs: Grid | None = None,
+        limits: Limits | None = None,
     ) -> "QuantizedLinear":
-        return cls(nbits.pack(weight), bias, accuracy_level)
+        return cls(nbits.pack(weight), bias, accuracy_level, inputs, limits)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it was solved: the same codes, scale and zero, bit for bit."""
         return nbits.unpack(self._packed())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.inputs is not None:
+            # torch.onnx.export tries again with a tracer that does not know of ONNX, and would take the reference
+            if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+                raise ValueError("MatMulNBits does not round its input to a grid; export a layer without `inputs`")
+            x = round_input(x, self.inputs, self.limits)
         if torch.onnx.is_in_onnx_export():
             product = self._exported(x)
         elif self.int4 is not None and self.int4_scales is not None and x.dtype == torch.bfloat16:
@@ -73,7 +99,8 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+        inputs = "" if self.inputs is None else f", inputs={self.inputs}, limits={self.limits}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}{inputs}"
 
     @property
     def has_fast(self) -> bool:

@@ -41,7 +41,7 @@ class NBitsWeight:
 
 def block_of(grid: Grid, columns: int) -> int:
     """Columns of one block. A row may use any, for its last block may be part empty: the one with the fewest bytes."""
-    if grid.group == ROW:
+    if grid.stored.group == ROW:
         bits = CONTAINERS[grid.bits]
         scale = 32  # bits of a scale in a float32 graph
         return min(BLOCKS, key=lambda block: -(-columns // block) * (block * bits + scale))
@@ -79,7 +79,7 @@ def unpack(packed: NBitsWeight) -> QuantizedWeight:
         zeros = torch.full_like(packed.scales, grid.levels // 2, dtype=torch.uint8)
     else:
         zeros = from_bytes(packed.qzeros, container)[:, :blocks] - shift
-    per_group = blocks if grid.group == ROW else grid.group // block
+    per_group = blocks if grid.stored.group == ROW else grid.group // block
     return QuantizedWeight(
         codes=codes.contiguous(),
         scale=packed.scales[:, ::per_group].contiguous(),

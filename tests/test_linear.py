@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from packed import textbook_input
 from torch import nn
 from torch.nn import functional as F
 
-from vlmq.kernels.grid import BITS, ROW, Grid, to_grid
+from vlmq.kernels.grid import BITS, ROW, TENSOR, Grid, Limits, to_grid
 from vlmq.kernels.linear import QuantizedLinear
 
 
-def layer_on(grid: Grid, shape=(48, 128), bias: bool = True, dtype: torch.dtype = torch.float16):
+def layer_on(grid: Grid, shape=(48, 128), bias: bool = True, dtype: torch.dtype = torch.float16, **rounding):
     source = torch.Generator().manual_seed(0)
     weight = to_grid(torch.randn(shape, generator=source), grid, dtype)
-    return QuantizedLinear.from_weight(weight, torch.randn(shape[0], generator=source) if bias else None), weight
+    biases = torch.randn(shape[0], generator=source) if bias else None
+    return QuantizedLinear.from_weight(weight, biases, **rounding), weight
 
 
 def same(left, right) -> bool:
@@ -99,6 +101,69 @@ def test_the_layer_holds_a_fraction_of_the_dense_bytes():
     assert 3.7 * held(layer) < held(dense)
     layer.to_fast()
     assert 3.3 * held(layer) < held(dense)  # torch wants a scale and an offset for every group
+
+
+UNEVEN = Limits(-1.1, 1.7)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(
+    ("group", "limits"), [(ROW, None), (32, None), (TENSOR, UNEVEN), (ROW, UNEVEN), (32, UNEVEN)], ids=str
+)
+def test_an_input_on_a_grid_is_rounded_as_in_the_textbook_and_multiplied(group, limits, bits, symmetric):
+    inputs = Grid(bits, group, symmetric)
+    layer, weight = layer_on(Grid(4, 32), inputs=inputs, limits=limits)
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(textbook_input(x, inputs, limits), x)
+    assert torch.equal(layer(x), F.linear(textbook_input(x, inputs, limits), weight.dequantize(), layer.bias))
+
+
+def test_every_token_has_a_range_of_its_own_whatever_the_shape_of_the_input():
+    layer, _ = layer_on(Grid(8, ROW), inputs=Grid(4, ROW))
+    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 6).unsqueeze(1)
+    together = layer(x.view(2, 3, 128)).view(6, -1)
+    for token, alone in zip(x, together, strict=True):
+        assert (layer(token) - alone).norm() < 1e-5 * alone.norm()
+
+
+@pytest.mark.parametrize(("inputs", "limits"), [(Grid(8, ROW), None), (Grid(4, 32), None), (Grid(8, TENSOR), UNEVEN)])
+def test_the_fast_product_rounds_its_input_too(inputs, limits):
+    layer, _ = layer_on(Grid(4, 32), inputs=inputs, limits=limits)
+    layer.bfloat16().to_fast()
+    assert layer.int4 is not None
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain, _ = layer_on(Grid(4, 32))
+    plain.bfloat16().to_fast()
+    assert torch.equal(layer(x), plain(textbook_input(x, inputs, limits)))
+    assert not torch.equal(layer(x), plain(x))
+
+
+def test_a_layer_without_a_grid_for_its_input_reads_it_as_it_is():
+    layer, weight = layer_on(Grid(4, 32), limits=UNEVEN)
+    x = torch.randn(2, 3, 128)
+    assert torch.equal(layer(x), F.linear(x, weight.dequantize(), layer.bias))
+
+
+def test_one_range_without_limits_and_groups_that_do_not_divide_are_refused_at_birth():
+    with pytest.raises(ValueError, match="limits"):
+        layer_on(Grid(4, 32), inputs=Grid(8, TENSOR))
+    with pytest.raises(ValueError, match="128 columns"):
+        layer_on(Grid(4, 32), inputs=Grid(8, 48))
+
+
+def test_a_layer_that_rounds_its_input_is_in_no_graph():
+    layer, _ = layer_on(Grid(4, 32), inputs=Grid(8, ROW))
+    with pytest.raises(Exception, match="does not round its input"):
+        torch.onnx.export(layer.eval(), (torch.ones(2, 128),), dynamo=True, verbose=False)
+
+
+def test_a_weight_with_one_scale_is_multiplied_like_any_other():
+    layer, weight = layer_on(Grid(8, TENSOR))
+    assert len(weight.scale.unique()) == 1
+    x = torch.randn(2, 3, 128)
+    assert torch.equal(layer(x), F.linear(x, weight.dequantize(), layer.bias))
+    assert same(layer.quantized(), weight)
 
 
 def held(module: nn.Module) -> int:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from vlmq.kernels import nbits
-from vlmq.kernels.grid import BITS, ROW, Grid, QuantizedWeight
+from vlmq.kernels.grid import BITS, ROW, TENSOR, Grid, QuantizedWeight
 
 # 60 columns end in a part of a byte, 72 in a part of a block
 SHAPES = [(16, 64), (32, 96), (48, 96), (64, 192), (96, 192), (160, 320), (256, 512), (ROW, 60), (ROW, 72), (ROW, 256)]
+SHAPES += [(TENSOR, 72), (TENSOR, 256)]
 
 
 def random_weight(grid: Grid, columns: int, rows: int = 5) -> QuantizedWeight:
@@ -75,7 +76,7 @@ def test_what_is_packed_comes_back_bit_for_bit(bits, group, columns, symmetric):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("group", "columns"), [(32, 96), (48, 96), (256, 512), (ROW, 60), (ROW, 256)])
+@pytest.mark.parametrize(("group", "columns"), [(32, 96), (48, 96), (256, 512), (ROW, 60), (ROW, 256), (TENSOR, 72)])
 def test_onnxruntime_multiplies_with_the_weight_that_was_packed(bits, group, columns, symmetric):
     weight = random_weight(Grid(bits, group, symmetric), columns)
     product = through_onnxruntime(nbits.pack(weight), np.eye(columns, dtype=np.float32))
@@ -107,3 +108,4 @@ def test_a_symmetric_weight_stores_no_zeros(bits):
 @pytest.mark.parametrize(("columns", "block"), [(256, 256), (1408, 128), (4304, 256)])
 def test_a_row_is_cut_into_the_blocks_that_take_the_fewest_bytes(columns, block):
     assert nbits.block_of(Grid(4, ROW), columns) == block
+    assert nbits.block_of(Grid(4, TENSOR), columns) == block
