@@ -2,11 +2,12 @@
 
 transformers' own `from_pretrained` reads exported folders too, and makes every weight dense. Here quantized linears
 stay packed: each becomes a `QuantizedLinear` straight from its words, one at a time, so that the full-precision
-model never exists in memory.
+model never exists in memory. Where it rounds its input, config.json says to what grid and vlmq.json within what limits.
 """
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
 from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import headers
-from vlmq.kernels.grid import Grid
+from vlmq.kernels.embedding import QuantizedEmbedding
+from vlmq.kernels.grid import TENSOR, QuantizedWeight
 from vlmq.kernels.linear import QuantizedLinear
 
 
@@ -54,13 +57,14 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_packed(folder: Path, config: PretrainedConfig, quantization: dict, dtype: torch.dtype) -> PreTrainedModel:
     model = skeleton(config, dtype)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    grids = compressed_tensors.grids(quantization, linears)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    grids = compressed_tensors.grids(quantization, names)
     tensors = _Tensors(folder, model)
-    _check_manifest(folder, grids, tensors)
-
-    for name, grid in grids.items():
-        model.set_submodule(name, _quantized(name, grid, model.get_submodule(name), tensors))
+    for name, complete in _with_limits(folder, grids, tensors).items():
+        module = model.get_submodule(name)
+        quantized = _embedding if isinstance(module, nn.Embedding) else _quantized
+        model.set_submodule(name, quantized(name, complete, module, tensors))
+    _tie_heads(model)
     dense = {name: parameter for name, parameter in model.state_dict().items() if parameter.is_meta}
     model.load_state_dict(_dense(folder, dense, tensors), strict=False, assign=True)
     _refuse(folder, "not part of the model", _unknown(tensors, model))
@@ -90,25 +94,47 @@ class _Tensors:
         return self.files[self.headers[disk].file].get_tensor(disk)
 
 
-def _quantized(name: str, grid: Grid, linear: nn.Module, tensors: _Tensors) -> QuantizedLinear:
+def _embedding(name: str, grids: Grids, embedding: nn.Module, tensors: _Tensors) -> QuantizedEmbedding:
+    assert isinstance(embedding, nn.Embedding)
+    weight = _unpacked(name, grids, embedding.weight, tensors)
+    return QuantizedEmbedding.from_weight(weight, embedding.weight.dtype)
+
+
+def _tie_heads(model: PreTrainedModel) -> None:
+    """A head that is tied to a packed embedding computes from the embedding's codes."""
+    for weight, source in list(model.all_tied_weights_keys.items()):
+        embedding = model.get_submodule(source.removesuffix(".weight"))
+        if isinstance(embedding, QuantizedEmbedding):
+            model.set_submodule(weight.removesuffix(".weight"), QuantizedLinear(embedding.packed))
+            del model.all_tied_weights_keys[weight]
+
+
+def _unpacked(name: str, grids: Grids, full: Tensor, tensors: _Tensors) -> QuantizedWeight:
+    """A packed weight, of the shape of the full one."""
     parts = {
         f"{name}.{part}": tensors[f"{name}.{part}"]
         for part in compressed_tensors.PARTS
         if f"{name}.{part}" in tensors.disk
     }
-    weight = compressed_tensors.unpack(name, parts, grid)
-    assert isinstance(linear, nn.Linear)
-    if weight.shape != linear.weight.shape:
+    weight = compressed_tensors.unpack(name, parts, grids.weight)
+    compressed_tensors.check_input(name, parts, grids)
+    if weight.shape != full.shape:
         raise FormatError(
             f"{name}: packed as {tuple(weight.shape)} where config.json describes "
-            f"{tuple(linear.weight.shape)}; export the model again"
+            f"{tuple(full.shape)}; export the model again"
         )
+    return weight
+
+
+def _quantized(name: str, grids: Grids, linear: nn.Module, tensors: _Tensors) -> QuantizedLinear:
+    assert isinstance(linear, nn.Linear)
+    weight = _unpacked(name, grids, linear.weight, tensors)
     bias = None
     if linear.bias is not None:
         if f"{name}.bias" not in tensors.disk:
             raise FormatError(f"{name}.bias: absent; export the model again")
         bias = tensors[f"{name}.bias"].to(linear.bias.dtype)
-    return QuantizedLinear.from_weight(weight, bias)
+    return QuantizedLinear.from_weight(weight, bias, inputs=grids.inputs, limits=grids.limits)
 
 
 def _dense(folder: Path, dense: dict[str, Tensor], tensors: _Tensors) -> dict[str, Tensor]:
@@ -137,22 +163,29 @@ def _unknown(tensors: _Tensors, model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _check_manifest(folder: Path, grids: dict[str, Grid], tensors: _Tensors) -> None:
-    """vlmq.json, where there is one, must say of every linear what config.json says."""
+def _with_limits(folder: Path, grids: dict[str, Grids], tensors: _Tensors) -> dict[str, Grids]:
+    """The grids of config.json, with the limits that vlmq.json has; where it is, it must say the same of the rest."""
     if not (folder / manifest.NAME).is_file():
-        return
+        lost = sorted(name for name, found in grids.items() if found.inputs and found.inputs.group == TENSOR)
+        if lost:
+            raise FormatError(
+                f"{folder / manifest.NAME}: absent, but has the limits of {lost[0]}; fetch the whole folder"
+            )
+        return grids
     listed = {}
     for module, entry in manifest.read(folder).tensors.items():
         if entry.stored != manifest.PACKED:
             continue
         name = tensors.memory.get(f"{module}.{compressed_tensors.PACKED}", module)
-        listed[name.removesuffix(f".{compressed_tensors.PACKED}")] = entry.grid
-    differing = sorted(name for name in listed.keys() | grids.keys() if listed.get(name) != grids.get(name))
+        listed[name.removesuffix(f".{compressed_tensors.PACKED}")] = entry.grids
+    said = {name: replace(entry, limits=None) for name, entry in listed.items()}
+    differing = sorted(name for name in said.keys() | grids.keys() if said.get(name) != grids.get(name))
     if differing:
         raise FormatError(
-            f"{differing[0]}: {manifest.NAME} says {listed.get(differing[0])}, config.json "
+            f"{differing[0]}: {manifest.NAME} says {said.get(differing[0])}, config.json "
             f"{grids.get(differing[0])}; export the model again"
         )
+    return listed
 
 
 def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:

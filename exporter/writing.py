@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from vlmq.exporter.checkpoint import Checkpoint
-from vlmq.exporter.quantize import QuantizedBlock, Solved
+from vlmq.exporter.solving import QuantizedBlock, Solved
 from vlmq.exporter.walk import Block
 from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.shards import MAX_SHARD_BYTES, SafetensorsWriter
-from vlmq.kernels.grid import Grid, QuantizedWeight
+from vlmq.kernels.grid import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Written:
     """What the manifest and config.json need to know of the weights."""
 
     records: dict[str, manifest.TensorRecord]  # by module name on disk
-    grids: dict[str, Grid]  # of the packed linears, by name in memory
+    grids: dict[str, Grids]  # of the packed linears, by name in memory
 
 
 def write_weights(
@@ -55,10 +56,12 @@ def _add(
 ) -> dict[str, Tensor]:
     """Note what became of a site, and return its tensors."""
     fold = _fold_in_words(checkpoint, name, solved, block)
+    inputs, limits = solved.scheme.inputs, solved.limits
     if isinstance(solved.weight, QuantizedWeight):
-        written.grids[name] = solved.weight.grid
-        written.records[on_disk] = manifest.record(solved.weight, solved.scheme.method, fold)
-        return compressed_tensors.pack(on_disk, solved.weight)
+        written.grids[name] = Grids(solved.weight.grid, inputs, limits)
+        written.records[on_disk] = manifest.record(solved.weight, solved.scheme.method, fold, inputs, limits)
+        return compressed_tensors.pack(on_disk, solved.weight, inputs, limits)
+    assert inputs is None, f"{name}: a linear that is stored dense has no config group to round its input"
     grid, rows = solved.scheme.grid, solved.scheme.rows
     written.records[on_disk] = manifest.record_dense(solved.weight, grid, solved.scheme.method, rows, fold)
     return {f"{on_disk}.weight": solved.weight}

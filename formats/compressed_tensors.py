@@ -9,30 +9,51 @@ A quantized linear `name` with a weight (out, in), b bits and G groups in a row 
 
     weight = (codes - zero) * scale
 
+Where the input of a linear is rounded, the scheme of its config group says to what grid. One range for the whole input
+is known beforehand, and its grid is stored:
+
+    name.input_scale        float32 (1,)
+    name.input_zero_point   int8 (1,)                          asymmetric only: zero - 2**(b - 1)
+
 The layout is defined by compressed-tensors 0.18 and later (`compressors/pack_quantized/base.py`), which calls code
-c the signed number c - 2**(b - 1) and stores c itself. Earlier releases packed 3, 5 and 6 bits in another way.
+c the signed number c - 2**(b - 1) and stores c itself. Earlier releases packed 3, 5 and 6 bits in another way. The
+tensors of an input are defined by `quantization/lifecycle/initialize.py`. A weight on a TENSOR grid is stored as rows
+that share a scale. Limits of an input have no place here: the manifest has them.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmq.formats.errors import FormatError
+from vlmq.formats.targets import matches, patterns
 from vlmq.kernels import words
-from vlmq.kernels.grid import ROW, Grid, QuantizedWeight
+from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits, QuantizedWeight, between
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 VERSION = "0.20.0"  # the release whose layout this is
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
-PARTS = (PACKED, SCALE, SHAPE, ZERO)
+INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"
+PARTS = (PACKED, SCALE, SHAPE, ZERO, INPUT_SCALE, INPUT_ZERO)
 
 
-def pack(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that stand for `name.weight`; layout above."""
+@dataclass(frozen=True)
+class Grids:
+    """The grids of a quantized linear: its weight's and, where its input is rounded, the input's, with its limits."""
+
+    weight: Grid
+    inputs: Grid | None = None
+    limits: Limits | None = None
+
+
+def pack(
+    name: str, weight: QuantizedWeight, inputs: Grid | None = None, limits: Limits | None = None
+) -> dict[str, Tensor]:
+    """The tensors that stand for `name.weight`, and for the grid of its input where that is stored; layout above."""
     bits = weight.grid.bits
     tensors = {
         f"{name}.{PACKED}": words.pack(weight.codes, bits, dim=1),
@@ -41,6 +62,19 @@ def pack(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
     if not weight.grid.symmetric:
         tensors[f"{name}.{ZERO}"] = words.pack(weight.zero, bits, dim=0)
+    return tensors | pack_input(name, inputs, limits)
+
+
+def pack_input(name: str, inputs: Grid | None, limits: Limits | None) -> dict[str, Tensor]:
+    """The tensors of the grid of an input with one range, which its limits give; none for any other input."""
+    if inputs is None or inputs.group != TENSOR:
+        return {}
+    if limits is None:
+        raise FormatError(f"{name}: its input has one range, which is not known; calibrate the model")
+    scale, zero = between(torch.tensor([limits.low]), torch.tensor([limits.high]), inputs, torch.float32)
+    tensors = {f"{name}.{INPUT_SCALE}": scale}
+    if not inputs.symmetric:
+        tensors[f"{name}.{INPUT_ZERO}"] = (zero.to(torch.int16) - inputs.levels // 2).to(torch.int8)
     return tensors
 
 
@@ -66,8 +100,21 @@ def unpack(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWei
     return QuantizedWeight(codes, scale, zero, grid)
 
 
-def layout(shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Dtype (None: the source's) and shape of every part of a weight of `shape` on `grid`."""
+def check_input(name: str, tensors: Mapping[str, Tensor], grids: Grids) -> None:
+    """FormatError where the stored grid of an input is not the one that its limits give."""
+    expected = pack_input(name, grids.inputs, grids.limits)
+    for key in (f"{name}.{INPUT_SCALE}", f"{name}.{INPUT_ZERO}"):
+        wanted, found = expected.get(key), tensors.get(key)
+        if (wanted is None) != (found is None):
+            raise FormatError(f"{key}: {'not expected' if wanted is None else 'absent'}; export the model again")
+        if wanted is not None and found is not None and not torch.equal(wanted, found):
+            raise FormatError(f"{key}: not what the limits of this input give; export the model again")
+
+
+def layout(
+    shape: tuple[int, int], grid: Grid, inputs: Grid | None = None
+) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype (None: the source's) and shape of every part of a weight of `shape` on `grid`, its input on `inputs`."""
     rows, columns = shape
     groups = columns // grid.width(columns)
     parts: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
@@ -77,40 +124,45 @@ def layout(shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype | 
     }
     if not grid.symmetric:
         parts[ZERO] = (torch.int32, (words.words_for(rows, grid.bits), groups))
+    if inputs is not None and inputs.group == TENSOR:
+        parts[INPUT_SCALE] = (torch.float32, (1,))
+        if not inputs.symmetric:
+            parts[INPUT_ZERO] = (torch.int8, (1,))
     return parts
 
 
-def packed_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2) -> int:
+def packed_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2, inputs: Grid | None = None) -> int:
     """Bytes of all parts of a weight of `shape` on `grid`, its scales stored in `scale_bytes` each."""
     return sum(
         torch.Size(size).numel() * (scale_bytes if dtype is None else dtype.itemsize)
-        for dtype, size in layout(shape, grid).values()
+        for dtype, size in layout(shape, grid, inputs).values()
     )
 
 
-def quantization_config(sites: Mapping[str, Grid], kept: Iterable[str]) -> dict:
+def quantization_config(sites: Mapping[str, Grids], kept: Iterable[str]) -> dict:
     """What config.json says under `quantization_config`.
 
-    sites: the grid of every quantized linear; kept: the linears that are not. Both by their names IN MEMORY: readers
+    sites: the grids of every quantized linear; kept: the linears that are not. Both by their names IN MEMORY: readers
     match `targets` and `ignore` on those, and on-disk names silently give random weights.
 
     With one grid the config asks for dense weights at load (`dequantize`): without it transformers fails on
     asymmetric weights, and where `generate()` is called before any forward. With several grids that key would apply
-    the first one to every linear, so it is left out; `caveat` says what follows.
+    the first one to every linear, and with any it leaves inputs as they are: so it is left out with several, and where
+    inputs are rounded and can be. `caveat` says what follows.
     """
-    modules: dict[Grid, list[str]] = defaultdict(list)
-    for name, grid in sorted(sites.items()):
-        modules[grid].append(name)
+    modules: dict[_Pair, list[str]] = defaultdict(list)
+    for name, grids in sorted(sites.items()):
+        modules[_pair(grids)].append(name)
     kept = sorted(kept)
     groups = {
         f"group_{index}": {
             "targets": patterns(names, set(sites) - set(names) | set(kept)),
-            "weights": _weights(grid),
-            "input_activations": None,
+            "weights": _weights(weight),
+            "input_activations": None if inputs is None else _inputs(inputs),
             "output_activations": None,
             "format": FORMAT,
         }
-        for index, (grid, names) in enumerate(sorted(modules.items(), key=lambda group: _order(group[0])))
+        for index, ((weight, inputs), names) in enumerate(sorted(modules.items(), key=lambda group: _order(*group[0])))
     }
     config = {
         "quant_method": METHOD,
@@ -122,110 +174,120 @@ def quantization_config(sites: Mapping[str, Grid], kept: Iterable[str]) -> dict:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    return config | {"dequantize": True} if len(modules) == 1 else config
+    dense = len(modules) == 1 and all(inputs is None or not weight.symmetric for weight, inputs in modules)
+    return config | {"dequantize": True} if dense else config
 
 
-def caveat(sites: Mapping[str, Grid]) -> str | None:
-    """What a reader must know who loads such a folder with transformers' own `from_pretrained`; None: nothing.
+def caveat(sites: Mapping[str, Grids], embedding: str | None = None) -> str | None:
+    """What a reader must know who loads such a folder, its `embedding` perhaps among the sites, with transformers' own
+    `from_pretrained`; None: nothing.
 
-    Seen in transformers 5.23 with compressed-tensors 0.20; `vlmq.exporter.load.load` has no such limits.
+    Seen in transformers 5.24 with compressed-tensors 0.20; `vlmq.exporter.load.load` has no such limits.
     """
-    several = len(set(sites.values())) > 1
-    if several and not all(grid.symmetric for grid in sites.values()):
+    several = len({_pair(grids) for grids in sites.values()}) > 1
+    rounded = [(grids.inputs, grids.limits) for grids in sites.values() if grids.inputs is not None]
+    dynamic = [inputs for inputs, _ in rounded if inputs.group != TENSOR]
+    asymmetric = not all(grids.weight.symmetric for grids in sites.values())
+    if embedding in sites and (several or rounded):
+        return "transformers cannot load a packed embedding beside another grid or rounded inputs; use vlmq"
+    if several and asymmetric:
         return "transformers cannot load several grids of which some are asymmetric; use vlmq, or --symmetric"
-    if several:
-        return "in transformers, call the model once before generate(): its first forward unpacks the weights"
-    return None
+    if rounded and asymmetric:
+        return "transformers rounds no inputs where weights are asymmetric; use vlmq, or --symmetric"
+    notes = []
+    if several or rounded:
+        notes.append("in transformers, call the model once before generate(): its first forward unpacks the weights")
+    if any(inputs.symmetric or inputs.group == ROW for inputs in dynamic):
+        notes.append("its scales of inputs are not quite those of vlmq")
+    if any(limits for inputs, limits in rounded if inputs.group != TENSOR):
+        notes.append("it does not clamp inputs to their limits")
+    return "; ".join(notes) or None
 
 
-def grids(config: Mapping, names: Iterable[str]) -> dict[str, Grid]:
-    """The grid of each of `names` (linears, by their names in memory) that a `quantization_config` quantizes.
+def grids(config: Mapping, names: Iterable[str]) -> dict[str, Grids]:
+    """The grids of each of `names` (linears, by their names in memory) that a `quantization_config` quantizes.
 
-    FormatError where the config is of another format or its scheme has no Grid.
+    Without limits, which it does not know. FormatError where it is of another format or a scheme has no Grid.
     """
     if (config.get("quant_method"), config.get("format")) != (METHOD, FORMAT):
         raise FormatError(
             f"config.json: quantized as {config.get('quant_method')} {config.get('format')}; "
             f"this reads {METHOD} {FORMAT}"
         )
-    schemes = [(group["targets"], _grid(group["weights"])) for group in config["config_groups"].values()]
+    schemes = [
+        (group["targets"], Grids(_weight_grid(group["weights"]), _input_grid(group.get("input_activations"))))
+        for group in config["config_groups"].values()
+    ]
     found = {}
     for name in names:
-        if any(_matches(target, name) for target in config.get("ignore", ())):
+        if any(matches(target, name) for target in config.get("ignore", ())):
             continue
-        grid = next((grid for targets, grid in schemes if any(_matches(target, name) for target in targets)), None)
-        if grid is not None:
-            found[name] = grid
+        match = next((grids for targets, grids in schemes if any(matches(target, name) for target in targets)), None)
+        if match is not None:
+            found[name] = match
     return found
 
 
-def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Few targets that match all of `names` and none of `others`: regexes, anchored at both ends.
-
-    Names that differ in their layer numbers alone become one regex, unless it would match one of `others`; then
-    their layers are listed in it. A name without a number stays as it is.
-    """
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        alike[_NUMBER.sub("#", name)].append(name)
-    foreign = {_NUMBER.sub("#", name) for name in others}
-    targets = []
-    for shape, members in sorted(alike.items()):
-        if "#" not in shape:
-            targets.append(shape)
-        elif shape not in foreign:
-            targets.append(_regex(shape, r"\d+"))
-        elif shape.count("#") == 1:
-            layers = sorted((number for name in members for number in _NUMBER.findall(name)), key=int)
-            targets.append(_regex(shape, f"({'|'.join(layers)})"))
-        else:
-            targets.extend(sorted(members))
-    return targets
+_Pair = tuple[Grid, Grid | None]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def _regex(shape: str, numbers: str) -> str:
-    return "re:^" + re.escape(shape).replace(r"\#", numbers) + "$"
-
-
-def _matches(target: str, name: str) -> bool:
-    """As compressed-tensors matches: `re:` and a pattern, or the whole name (its class names are not used here)."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
+def _pair(grids: Grids) -> _Pair:
+    """What tells one config group from another."""
+    return grids.weight.stored, grids.inputs
 
 
 def _weights(grid: Grid) -> dict:
-    """The scheme of a grid in compressed-tensors' words."""
+    """The scheme of a weight's grid in compressed-tensors' words."""
+    return _scheme(grid, "channel" if grid.group == ROW else "group", dynamic=False) | {"observer": "minmax"}
+
+
+def _inputs(grid: Grid) -> dict:
+    """The scheme of an input's grid; `dynamic`: its scales are computed as it comes."""
+    return _scheme(grid, INPUT_STRATEGIES.get(grid.group, "group"), dynamic=grid.group != TENSOR)
+
+
+INPUT_STRATEGIES = {ROW: "token", TENSOR: "tensor"}
+
+
+def _scheme(grid: Grid, strategy: str, dynamic: bool) -> dict:
     return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
-        "strategy": "channel" if grid.group == ROW else "group",
-        "group_size": None if grid.group == ROW else grid.group,
-        "dynamic": False,
+        "strategy": strategy,
+        "group_size": grid.group if strategy == "group" else None,
+        "dynamic": dynamic,
         "actorder": None,
         "block_structure": None,
-        "observer": "minmax",
+        "observer": None,
         "observer_kwargs": {},
     }
 
 
-def _grid(scheme: Mapping) -> Grid:
-    if scheme.get("type") != "int" or scheme.get("strategy") not in ("channel", "group"):
+def _weight_grid(scheme: Mapping) -> Grid:
+    return _grid("weights", scheme, {"channel": ROW, "group": scheme.get("group_size")}, dynamic=False)
+
+
+def _input_grid(scheme: Mapping | None) -> Grid | None:
+    if scheme is None:
+        return None
+    groups = {"token": ROW, "tensor": TENSOR, "group": scheme.get("group_size")}
+    return _grid("inputs", scheme, groups, dynamic=scheme.get("strategy") != "tensor")
+
+
+def _grid(what: str, scheme: Mapping, groups: Mapping[str, int | None], dynamic: bool) -> Grid:
+    """groups: the group of every strategy that has a Grid."""
+    group = groups.get(scheme.get("strategy", ""))
+    if scheme.get("type") != "int" or group is None or bool(scheme.get("dynamic")) != dynamic:
         raise FormatError(
-            f"config.json: weights of type {scheme.get('type')}, strategy {scheme.get('strategy')}; "
-            "this reads integers in groups or rows"
+            f"config.json: {what} of type {scheme.get('type')}, strategy {scheme.get('strategy')}, dynamic "
+            f"{scheme.get('dynamic')}; this reads integers, their {what} by {', '.join(groups)}"
         )
-    return Grid(
-        scheme["num_bits"], ROW if scheme["strategy"] == "channel" else scheme["group_size"], scheme["symmetric"]
-    )
+    return Grid(scheme["num_bits"], group, scheme["symmetric"])
 
 
-def _order(grid: Grid) -> tuple[int, int, bool]:
-    return grid.bits, grid.group, grid.symmetric
+def _order(*grids: Grid | None) -> tuple:
+    return tuple((grid.bits, grid.group, grid.symmetric) for grid in grids if grid is not None)
 
 
 def _part(name: str, part: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from vlmq.formats import compressed_tensors
+from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import Header, headers
-from vlmq.kernels.grid import Grid, QuantizedWeight
+from vlmq.kernels.grid import Grid, Limits, QuantizedWeight
 
 NAME = "vlmq.json"
 VERSION = 1
@@ -55,18 +56,25 @@ class TensorRecord(Record):
 
     method: str
     bits: int
-    group: int  # -1: the whole row
+    group: int  # -1: the whole row; 0: the whole tensor, stored as rows that share a scale
     symmetric: bool
     shape: tuple[int, int]  # out, in
     fold: str | None = None  # what absorbed the scale of its input, in words
     stored: Literal["pack-quantized", "dense"] = PACKED
     rows: tuple[tuple[int, int], ...] | None = None  # start, stop of those on the grid; None: all
+    inputs: Grid | None = None  # what its input is rounded to; None: left as it comes
+    limits: tuple[float, float] | None = None  # what the input is clamped to first; None: nothing
     bytes: int  # on disk: codes, scales, zeros and shape; or the dense weight
     sha256: str  # of the dequantized weight, float32, row by row, little endian
 
     @property
     def grid(self) -> Grid:
         return Grid(self.bits, self.group, self.symmetric)
+
+    @property
+    def grids(self) -> Grids:
+        """As the files know them: config.json says the same, less the limits."""
+        return Grids(self.grid.stored, self.inputs, self.limits and Limits(*self.limits))
 
 
 class Manifest(Record):
@@ -106,9 +114,15 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def record(weight: QuantizedWeight, method: str, fold: str | None = None) -> TensorRecord:
-    """What the manifest says of a weight as `compressed_tensors.pack` stores it."""
-    tensors = compressed_tensors.pack("", weight)
+def record(
+    weight: QuantizedWeight,
+    method: str,
+    fold: str | None = None,
+    inputs: Grid | None = None,
+    limits: Limits | None = None,
+) -> TensorRecord:
+    """What the manifest says of a weight, and of its input, as `compressed_tensors.pack` stores them."""
+    tensors = compressed_tensors.pack("", weight, inputs, limits)
     rows, columns = weight.shape
     grid = weight.grid
     return TensorRecord(
@@ -118,6 +132,8 @@ def record(weight: QuantizedWeight, method: str, fold: str | None = None) -> Ten
         symmetric=grid.symmetric,
         shape=(rows, columns),
         fold=fold,
+        inputs=inputs,
+        limits=limits and (limits.low, limits.high),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         sha256=digest(weight),
     )
@@ -271,13 +287,14 @@ def _check_module(module: str, entry: TensorRecord, found: Mapping[str, Header])
         return
     if dense is not None:
         raise FormatError(f"{module}.weight: stored in full beside its packed form; export the model again")
-    expected = compressed_tensors.layout(entry.shape, entry.grid)
+    grids = entry.grids
+    expected = compressed_tensors.layout(entry.shape, grids.weight, grids.inputs)
     size = 0
     for part in compressed_tensors.PARTS:
         name = f"{module}.{part}"
         if (name in found) != (part in expected):
             raise FormatError(
-                f"{name}: {'not expected' if name in found else 'absent'} for {entry.grid}; export the model again"
+                f"{name}: {'not expected' if name in found else 'absent'} for {grids}; export the model again"
             )
         if part not in expected:
             continue

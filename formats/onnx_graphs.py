@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from vlmq.formats.errors import FormatError
 from vlmq.formats.onnx_finish import INLINE_BYTES, finish
 from vlmq.formats.onnx_modules import GRAPHS, parts_of
+from vlmq.kernels.embedding import QuantizedEmbedding
 from vlmq.kernels.linear import QuantizedLinear
 from vlmq.kernels.nbits import CONTAINERS
 
@@ -38,12 +39,16 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
     """Write the graphs of a float32 model on the CPU into folder/onnx; returns the files, graphs first.
 
     Linears may be QuantizedLinear or plain. accuracy_level is MatMulNBits': 0 computes in float32, 4 in int8 (faster,
-    a few per cent of error a layer); 8-bit weights always get 4. FormatError for a model no graph can be made of.
+    a few per cent of error a layer); 8-bit weights always get 4. FormatError for a model no graph can be made of, one
+    whose linears round their inputs included.
     """
     parts_of(model)
     if model.dtype != torch.float32:
         kind = model.config.model_type
         raise FormatError(f"{kind}: graphs are made from float32, not {model.dtype}; load it in float32")
+    for name, linear in quantized_linears(model).items():
+        if linear.inputs is not None:
+            raise FormatError(f"{name}: ONNX graphs hold no activation grid; choose --format safetensors")
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(model)
@@ -67,8 +72,8 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Model:
     """One of GRAPHS, cleaned and with its weights in memory; the model is as before."""
-    part = GRAPHS[name](model).eval()
-    with _ready(model, accuracy_level), _quiet(), torch.no_grad():
+    with _dense_embedding(model), _ready(model, accuracy_level), _quiet(), torch.no_grad():
+        part = GRAPHS[name](model).eval()
         program = torch.onnx.export(
             part,
             part.example(),
@@ -102,6 +107,20 @@ def _write(graph: ir.Model, path: Path) -> list[Path]:
     data = path.with_name(f"{path.name}_data")
     ir.save(graph, path, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
     return [path, data] if data.exists() else [path]
+
+
+@contextmanager
+def _dense_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """A packed token embedding dequantized: the graph that looks tokens up has a table of floats."""
+    packed = model.get_input_embeddings()
+    if not isinstance(packed, QuantizedEmbedding):
+        yield
+        return
+    model.set_input_embeddings(packed.dense())
+    try:
+        yield
+    finally:
+        model.set_input_embeddings(packed)
 
 
 @contextmanager

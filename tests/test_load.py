@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from io import StringIO
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed import inputs, packed_folder, reference
+from packed import inputs, packed_folder, reference, rounded_reference
 from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, tiny, tiny_folder
 from torch import nn
@@ -18,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 from vlmq.exporter.load import load
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
+from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.errors import FormatError
-from vlmq.kernels.grid import ROW, Grid, QuantizedWeight
+from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits, QuantizedWeight
 from vlmq.kernels.linear import QuantizedLinear
 
 
@@ -247,6 +249,123 @@ def test_a_folder_whose_tensors_are_not_the_models_is_refused(change, message, t
         load(tmp_path / "out")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+W8A8_PER_TOKEN = (Grid(8, ROW), Grid(8, ROW), None)
+W8A8_PER_TENSOR = (Grid(8, TENSOR), Grid(8, TENSOR), Limits(-3.0, 3.0))
+W4A4_GROUPED = (Grid(4, 32), Grid(4, 32, symmetric=False), None)
+ROUNDED = {
+    "W8A8 per token": W8A8_PER_TOKEN,
+    "W8A8 per token, asymmetric": (Grid(8, ROW, symmetric=False), Grid(8, ROW, symmetric=False), None),
+    "W8A8 per tensor": W8A8_PER_TENSOR,
+    "W8A8 per tensor, asymmetric": (Grid(8, TENSOR, False), Grid(8, TENSOR, symmetric=False), Limits(-0.1, 1 / 3)),
+    "W4A4 grouped": W4A4_GROUPED,
+    "W4A4 clamped": (Grid(4, 32), Grid(4, ROW, symmetric=False), Limits(-0.9, 1.3)),
+}
+
+
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
+@pytest.mark.parametrize(("weight", "to", "limits"), ROUNDED.values(), ids=ROUNDED)
+def test_inputs_are_rounded_as_the_textbook_rounds_them(variant, weight, to, limits, tmp_path):
+    weights = packed_folder(variant, tmp_path / "out", everything(weight), inputs=to, limits=limits)
+    model = load(tmp_path / "out")
+    expected = rounded_reference(variant, weights, to, limits)
+    assert torch.equal(logits(model, variant), logits(expected, variant))
+    assert not torch.equal(logits(model, variant), logits(reference(variant, weights), variant))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    assert {(module.grid, module.inputs, module.limits) for module in linears.values()} == {(weight.stored, to, limits)}
+
+
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
+def test_transformers_rounds_inputs_to_the_range_that_we_store_exactly_as_we_do(variant, tmp_path):
+    """Where they are within the limits; it lets those below reach one level more."""
+    weight, to, limits = Grid(8, TENSOR), Grid(8, TENSOR), Limits(-20.0, 20.0)
+    weights = packed_folder(variant, tmp_path / "out", everything(weight), inputs=to, limits=limits)
+    model = by_transformers(tmp_path / "out")
+    with quiet():
+        assert torch.equal(logits(model, variant), logits(rounded_reference(variant, weights, to, limits), variant))
+
+
+@pytest.mark.parametrize(("weight", "to"), [(Grid(8, ROW), Grid(8, ROW, symmetric=False)), W4A4_GROUPED[:2]], ids=str)
+def test_transformers_rounds_inputs_as_they_come_nearly_as_we_do(weight, to, tmp_path):
+    """It rounds zeros and codes at other places of the formula: a value halfway between two levels may differ."""
+    weights = packed_folder("llava-llama", tmp_path / "out", everything(weight), inputs=to)
+    model = by_transformers(tmp_path / "out")
+    with quiet():
+        found = logits(model, "llava-llama")
+    exact = logits(reference("llava-llama", weights), "llava-llama")
+    rounding = (logits(rounded_reference("llava-llama", weights, to), "llava-llama") - exact).norm()
+    assert (found - logits(load(tmp_path / "out"), "llava-llama")).norm() < 0.1 * rounding
+
+
+def test_transformers_rounds_no_inputs_of_asymmetric_weights(tmp_path):
+    """As `caveat` says; it would not load the weights otherwise."""
+    grid = Grid(4, 32, symmetric=False)
+    weights = packed_folder("llava-llama", tmp_path / "out", everything(grid), inputs=Grid(8, ROW))
+    assert equals_reference(by_transformers(tmp_path / "out"), "llava-llama", weights)
+    note = compressed_tensors.caveat({"a": compressed_tensors.Grids(grid, Grid(8, ROW))})
+    assert note
+    assert "rounds no inputs" in note
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors[f"{FC1}.input_scale"].mul_(2), f"{FC1}.input_scale: not what the limits"),
+        (lambda tensors: tensors.pop(f"{FC1}.input_scale"), f"{FC1}.input_scale: absent"),
+        (
+            lambda tensors: tensors.update({f"{FC1}.input_zero_point": torch.zeros(1, dtype=torch.int8)}),
+            f"{FC1}.input_zero_point: not expected",
+        ),
+    ],
+)
+def test_a_stored_range_that_is_not_what_its_limits_give_is_refused(change, message, tmp_path):
+    weight, to, limits = W8A8_PER_TENSOR
+    packed_folder("blip2-opt", tmp_path / "out", everything(weight), inputs=to, limits=limits)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=re.escape(message)):
+        load(tmp_path / "out")
+
+
+def test_without_the_manifest_a_range_is_refused_and_what_comes_with_the_input_is_not(tmp_path):
+    for name, (weight, to, limits) in (("token", W8A8_PER_TOKEN), ("tensor", W8A8_PER_TENSOR)):
+        packed_folder("llava-llama", tmp_path / name, everything(weight), inputs=to, limits=limits)
+    expected = logits(load(tmp_path / "token"), "llava-llama")
+    for name in ("token", "tensor"):
+        (tmp_path / name / "vlmq.json").unlink()
+    assert torch.equal(logits(load(tmp_path / "token"), "llava-llama"), expected)
+    with pytest.raises(FormatError, match=r"vlmq\.json: absent, but has the limits of .*; fetch"):
+        load(tmp_path / "tensor")
+
+
+def test_a_manifest_with_other_inputs_than_the_config_is_refused(tmp_path):
+    packed_folder("llava-llama", tmp_path / "out", everything(Grid(8, ROW)), inputs=Grid(8, ROW))
+    made = manifest.read(tmp_path / "out")
+    records = {name: entry.model_copy(update={"inputs": None}) for name, entry in made.tensors.items()}
+    manifest.write(tmp_path / "out", made.model_copy(update={"tensors": records}))
+    with pytest.raises(FormatError, match=r"vlmq\.json says .*inputs=None.*config\.json .*inputs=Grid\(bits=8"):
+        load(tmp_path / "out")
+
+
+def test_graphs_of_a_model_that_rounds_its_inputs_are_refused_by_name(tmp_path):
+    packed_folder("llava-llama", tmp_path / "out", everything(Grid(8, ROW)), inputs=Grid(8, ROW))
+    with pytest.raises(FormatError, match=r"proj: ONNX graphs hold no activation grid; choose --format safetensors"):
+        onnx_graphs.export(load(tmp_path / "out"), tmp_path)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_with_one_scale_loads_as_rows_everywhere(symmetric, tmp_path):
+    weights = packed_folder("blip2-opt", tmp_path / "out", everything(Grid(8, TENSOR, symmetric)))
+    model = load(tmp_path / "out")
+    for name, weight in weights.items():
+        found = model.get_submodule(name).quantized()
+        assert found.grid == Grid(8, ROW, symmetric)
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scale, weight.scale)
+    assert equals_reference(by_transformers(tmp_path / "out"), "blip2-opt", weights)
 
 
 def test_a_config_that_disagrees_with_the_manifest_is_refused(tmp_path):

@@ -10,8 +10,9 @@ from packed import packed_folder
 from safetensors.torch import load_file, save_file
 
 from vlmq.formats import manifest
+from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
-from vlmq.kernels.grid import Grid, to_grid
+from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits, to_grid
 
 SITE = "language_model.model.decoder.layers.0.fc1"
 
@@ -191,6 +192,64 @@ def test_a_folder_of_graphs_alone_is_covered_by_its_files(exported):
     assert manifest.coverage(exported)
     (exported / "onnx/decoder.onnx").write_bytes(b"grape")
     assert "its bytes are not" in refusal(exported)
+
+
+ODD = Limits(-0.1, 1 / 3)  # no float32 is either
+
+
+@pytest.fixture
+def rounded(tmp_path) -> Path:
+    packed_folder("blip2-opt", tmp_path / "out", choose, inputs=Grid(8, TENSOR, symmetric=False), limits=ODD)
+    return tmp_path / "out"
+
+
+def test_the_grid_and_the_limits_of_an_input_come_back_as_they_were(rounded):
+    entry = manifest.coverage(rounded).tensors[SITE]
+    assert entry.grids == Grids(Grid(4, 32, symmetric=False), Grid(8, TENSOR, symmetric=False), ODD)
+    tensors = load_file(rounded / "model.safetensors")
+    assert entry.bytes == sum(tensor.nbytes for name, tensor in tensors.items() if name.rpartition(".")[0] == SITE) - (
+        tensors[f"{SITE}.bias"].nbytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{SITE}.input_scale"), f"{SITE}.input_scale: absent"),
+        (lambda tensors: tensors.pop(f"{SITE}.input_zero_point"), f"{SITE}.input_zero_point: absent"),
+        (lambda tensors: tensors.update({f"{SITE}.input_scale": torch.ones(1).half()}), f"{SITE}.input_scale: torch"),
+        (lambda tensors: tensors.update({f"{SITE}.input_scale": torch.ones(2)}), f"{SITE}.input_scale: torch"),
+        (lambda tensors: tensors.update({"lm.input_scale": torch.ones(1)}), "lm.input_scale: packed, but"),
+    ],
+)
+def test_a_folder_whose_input_grids_differ_is_refused(rounded, change, message):
+    change_tensors(rounded, change)
+    assert message in refusal(rounded)
+
+
+def test_a_stored_range_is_not_expected_of_an_input_that_has_none(exported):
+    change_tensors(exported, lambda tensors: tensors.update({f"{SITE}.input_scale": torch.ones(1)}))
+    assert f"{SITE}.input_scale: not expected" in refusal(exported)
+
+
+def test_a_manifest_written_before_inputs_were_rounded_is_still_read(exported):
+    path = exported / "vlmq.json"
+    old = json.loads(path.read_text())
+    for entry in old["tensors"].values():
+        assert entry.pop("inputs") is None
+        assert entry.pop("limits") is None
+    before = manifest.read(exported)
+    path.write_text(json.dumps(old))
+    assert manifest.read(exported) == before
+
+
+def test_a_weight_with_one_scale_is_recorded_as_asked_and_stored_as_rows(tmp_path):
+    packed_folder("blip2-opt", tmp_path / "out", lambda name: Grid(8, TENSOR))
+    entry = manifest.coverage(tmp_path / "out").tensors[SITE]
+    assert (entry.group, entry.grids.weight.group) == (TENSOR, ROW)
+    scale = load_file(tmp_path / "out/model.safetensors")[f"{SITE}.weight_scale"]
+    assert scale.shape == (entry.shape[0], 1)
+    assert len(scale.unique()) == 1
 
 
 def test_the_digest_is_that_of_the_dequantized_float32_weight():
