@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
@@ -23,17 +23,24 @@ from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block
 
 BATCH = 16  # samples of equal length that run together
+ROWS = 1024  # of an input are kept as they are, for methods that round them
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass
 class Call:
-    """The arguments of one block for one batch; `hidden` is replaced as the blocks go by."""
+    """The arguments of one block for one batch; `hidden` is replaced as the blocks go by.
+
+    reference: the same call in the full-precision model, where that runs alongside.
+    vision: which tokens (batch, sequence) are of the image; None where all are, or nobody asks.
+    """
 
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    reference: "Call | None" = None
+    vision: Tensor | None = None
 
     def run(self, block: nn.Module) -> Tensor:
         if "hidden_states" in self.kwargs:
@@ -41,13 +48,21 @@ class Call:
         return _tensor(block(self.hidden, *self.args, **self.kwargs))
 
 
+Played = list[tuple[tuple[Block, ...], dict[int, Tensor]]]
+
+
 @dataclass
 class Calibration:
-    """Batches of prepared samples, and the outputs of the stages that have run: what later stages are played."""
+    """Batches of prepared samples, and the outputs of the stages that have run: what later stages are played.
 
-    model: nn.Module
+    alongside: whether the full-precision model runs alongside the quantized one.
+    """
+
+    model: PreTrainedModel
     batches: list[Inputs]
-    played: list[tuple[tuple[Block, ...], dict[int, Tensor]]] = field(default_factory=list)
+    alongside: bool = False
+    played: Played = field(default_factory=list)
+    reference_played: Played = field(default_factory=list)
 
     @torch.no_grad()
     def calls(self, stage: tuple[Block, ...]) -> dict[int, Call]:
@@ -61,13 +76,21 @@ class Calibration:
             for index, batch in enumerate(self.batches)
             if "pixel_values" in batch or stage[0].component == "language"
         ]
-        return {index: self._catch(first, index) for index in reaching}
+        calls = {index: self._catch(first, index, self.played) for index in reaching}
+        for index, call in calls.items():
+            if self.alongside:
+                call.reference = self._catch(first, index, self.reference_played)
+            if stage[0].component == "language":
+                call.vision = vision_tokens(self.batches[index], self.model.config)
+        return calls
 
     def finish(self, stage: tuple[Block, ...], calls: dict[int, Call]) -> None:
         """Remember what a stage put out."""
         self.played.append((stage, {index: call.hidden for index, call in calls.items()}))
+        references = {index: call.reference.hidden for index, call in calls.items() if call.reference}
+        self.reference_played.append((stage, references))
 
-    def _catch(self, block: nn.Module, index: int) -> Call:
+    def _catch(self, block: nn.Module, index: int, played: Played) -> Call:
         caught: list[Call] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -77,7 +100,7 @@ class Calibration:
         hook = block.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with ExitStack() as stubs:
-                for stage, outputs in self.played:
+                for stage, outputs in played:
                     if index in outputs:
                         stubs.enter_context(_playing(self.model, stage, outputs[index]))
                 self.model(**self.batches[index], use_cache=False)
@@ -131,23 +154,62 @@ def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family
     ]
 
 
+def vision_tokens(batch: Inputs, config: PretrainedConfig) -> Tensor:
+    """Which positions of a batch hold an image token: bool (batch, sequence)."""
+    token = getattr(config, "image_token_id", None)
+    return batch["input_ids"] == (config.image_token_index if token is None else token)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is kept of one input besides its sums: whether its rows, what the reference reads, and how much the
+    tokens of the image count (text counts 1)."""
+
+    rows: bool = False
+    cross: bool = False
+    vision_weight: float = 1.0
+
+
 @torch.no_grad()
-def gather(block: Block, model: nn.Module, calls: Collection[Call]) -> tuple[list[Statistics], Tensor]:
-    """Run a block on every batch: the statistics of each of its distinct inputs, and the first batch's output."""
-    statistics = [Statistics.empty(entry.sites[0].columns) for entry in block.inputs]
-    hooks = [
-        model.get_submodule(entry.sites[0].name).register_forward_pre_hook(
-            lambda module, args, kept=kept: kept.add(args[0])
-        )
-        for entry, kept in zip(block.inputs, statistics, strict=True)
+def gather(
+    block: Block, model: nn.Module, calls: Collection[Call], wanted: Sequence[Wanted] | None = None
+) -> tuple[list[Statistics], list[Tensor]]:
+    """Run a full-precision block on every batch: the statistics of each of its distinct inputs, and its outputs.
+
+    Where the full-precision model runs alongside, its calls move on to the next block.
+    """
+    wanted = wanted or [Wanted()] * len(block.inputs)
+    statistics = [
+        Statistics.empty(entry.sites[0].columns, cross=want.cross)
+        for entry, want in zip(block.inputs, wanted, strict=True)
     ]
     module = model.get_submodule(block.name)
+    read: dict[int, Tensor] = {}
+    hooks = [
+        model.get_submodule(entry.sites[0].name).register_forward_pre_hook(
+            lambda module, args, index=index: read.__setitem__(index, args[0])
+        )
+        for index, entry in enumerate(block.inputs)
+    ]
+    outputs = []
     try:
-        outputs = [call.run(module) for call in calls]
+        for call in calls:
+            outputs.append(call.run(module))
+            inputs = dict(read)
+            references: dict[int, Tensor] = {}
+            if call.reference:
+                call.reference.hidden = call.reference.run(module)
+                references = dict(read)
+            for index, want in enumerate(wanted):
+                weights = None
+                if want.vision_weight != 1 and call.vision is not None:
+                    weights = torch.where(call.vision, want.vision_weight, 1.0)
+                keep = -(-ROWS // len(calls)) if want.rows else 0
+                statistics[index].add(inputs[index], weights, references.get(index), keep)
     finally:
         for hook in hooks:
             hook.remove()
-    return statistics, outputs[0]
+    return statistics, outputs
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 One `Statistics` per distinct input of a block. Sums add up, so samples can be split over workers and merged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,36 +11,77 @@ from torch import Tensor
 
 @dataclass
 class Statistics:
-    """Of the rows x of an input: gram = sum x x^T (in, in), absolute = sum |x| (in,), maximum = max |x| (in,)."""
+    """Of the rows x of an input, each with a weight w (1 unless tokens are weighted):
+
+    gram = sum w x x^T (in, in); absolute = sum |x| (in,); low and high, the extremes (in,); tokens, how many.
+    cross = sum w (r - x) x^T (in, in), where r is what the full-precision model reads in place of x; None: not kept.
+    rows (k, in), row_weights (k,): some of the rows themselves, evenly drawn, for what no sum can tell.
+    """
 
     gram: Tensor
     absolute: Tensor
-    maximum: Tensor
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    row_weights: Tensor
+    cross: Tensor | None = None
     tokens: int = 0
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu") -> "Statistics":
+    def empty(cls, columns: int, device: torch.device | str = "cpu", cross: bool = False) -> "Statistics":
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 
-        return cls(zeros(columns, columns), zeros(columns), zeros(columns))
+        return cls(
+            gram=zeros(columns, columns),
+            absolute=zeros(columns),
+            low=torch.full((columns,), torch.inf, device=device),
+            high=torch.full((columns,), -torch.inf, device=device),
+            rows=zeros(0, columns),
+            row_weights=zeros(0),
+            cross=zeros(columns, columns) if cross else None,
+        )
 
-    def add(self, x: Tensor) -> None:
-        """Take in an input of shape (..., in)."""
+    def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None, keep: int = 0) -> None:
+        """Take in an input (..., in), with a weight for every token (...,), and what the reference reads (..., in).
+
+        keep: how many of its rows are kept.
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.gram.addmm_(rows.T, rows)
+        weight = torch.ones(len(rows), device=rows.device) if weights is None else weights.reshape(-1).float()
+        weighted = rows if weights is None else rows * weight.unsqueeze(1)
+        self.gram.addmm_(weighted.T, rows)
         self.absolute += rows.abs().sum(0)
-        self.maximum = torch.maximum(self.maximum, rows.abs().amax(0))
+        self.low = torch.minimum(self.low, rows.amin(0))
+        self.high = torch.maximum(self.high, rows.amax(0))
         self.tokens += len(rows)
+        if self.cross is not None and reference is not None:
+            self.cross.addmm_((reference.detach().reshape_as(rows).float() - rows).T, weighted)
+        if keep:
+            chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows)), device=rows.device).long()
+            self.rows = torch.cat([self.rows, rows[chosen]])
+            self.row_weights = torch.cat([self.row_weights, weight[chosen]])
 
     @property
     def mean_absolute(self) -> Tensor:
         return self.absolute / max(self.tokens, 1)
 
+    @property
+    def maximum(self) -> Tensor:
+        """max |x| (in,)"""
+        return torch.maximum(-self.low, self.high)
+
     def divided_by(self, scale: Tensor) -> "Statistics":
-        """The statistics of x / scale, which need no second look at x."""
-        return Statistics(
-            self.gram / torch.outer(scale, scale), self.absolute / scale, self.maximum / scale, self.tokens
+        """The statistics of x / scale (positive), which need no second look at x."""
+        outer = torch.outer(scale, scale)
+        return replace(
+            self,
+            gram=self.gram / outer,
+            absolute=self.absolute / scale,
+            low=self.low / scale,
+            high=self.high / scale,
+            rows=self.rows / scale,
+            cross=None if self.cross is None else self.cross / outer,
         )
 
 
