@@ -2,11 +2,18 @@ import pytest
 import torch
 
 from vlmq.exporter.methods import awq, rtn
+from vlmq.exporter.methods.problem import Problem
 from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.scheme import Options, Scheme
 from vlmq.exporter.statistics import Statistics, output_loss
-from vlmq.kernels.grid import ROW, Grid, to_grid
+from vlmq.kernels.grid import ROW, TENSOR, Grid, to_grid
 
 HALF = torch.float16
+
+
+def problem(weights, statistics, grid, trial=None, **options):
+    schemes = [Scheme("awq", grid, options=Options(**options)) for _ in weights]
+    return Problem(weights, schemes, statistics, HALF, trial)
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def test_the_scale_awq_chooses_is_that_of_an_exhaustive_search_on_the_outputs(in
         return (inputs.double() @ (quantized - weight).double().T).square().sum().item()
 
     best = min((step / 20 for step in range(20)), key=loss)
-    found = awq.rescale([weight], statistics, [grid], HALF)
+    found = awq.rescale(problem([weight], statistics, grid))
     torch.testing.assert_close(found, awq.candidate(statistics, best))
     assert best > 0  # fault 1: a search that always picks "no scaling"
     assert loss(best) < 0.5 * loss(0)
@@ -73,8 +80,8 @@ def test_the_scale_awq_chooses_is_that_of_an_exhaustive_search_on_the_outputs(in
 def test_linears_that_read_one_input_share_the_scale_that_is_best_for_all(inputs, weight):
     statistics, grid = seen(inputs), Grid(3, 32)
     other = torch.randn(16, 64, generator=torch.Generator().manual_seed(5))
-    together = awq.rescale([weight, other], statistics, [grid, grid], HALF)
-    stacked = awq.rescale([torch.cat([weight, other])], statistics, [grid], HALF)
+    together = awq.rescale(problem([weight, other], statistics, grid))
+    stacked = awq.rescale(problem([torch.cat([weight, other])], statistics, grid))
     assert torch.equal(together, stacked)
 
 
@@ -83,7 +90,7 @@ def test_linears_that_read_one_input_share_the_scale_that_is_best_for_all(inputs
 def test_clipping_lowers_every_group_s_own_error_or_leaves_it(inputs, weight, symmetric, group):
     statistics, grid = seen(inputs), Grid(3, group, symmetric)
     width = grid.width(64)
-    plain, clipped = (method.solve(weight, statistics, grid, HALF).dequantize() for method in (rtn, awq))
+    plain, clipped = (method.solve(weight, statistics, Scheme("", grid), HALF).dequantize() for method in (rtn, awq))
 
     def group_losses(found):
         error = (found - weight).double().unflatten(1, (-1, width))
@@ -97,11 +104,11 @@ def test_clipping_lowers_every_group_s_own_error_or_leaves_it(inputs, weight, sy
 
 @pytest.mark.parametrize("method", METHODS)
 def test_quantizing_stacked_rows_equals_quantizing_them_apart(method, inputs, weight):
-    solve, grid = METHODS[method].solve, Grid(4, 32)
+    solve, scheme = METHODS[method].solve, Scheme(method, Grid(4, 32))
     statistics = seen(inputs)
-    whole = solve(weight, statistics, grid, HALF)
+    whole = solve(weight, statistics, scheme, HALF)
     for rows in (slice(0, 16), slice(16, 32), slice(32, 48)):
-        part = solve(weight[rows], statistics, grid, HALF)
+        part = solve(weight[rows], statistics, scheme, HALF)
         assert torch.equal(part.codes, whole.codes[rows])
         assert torch.equal(part.scale, whole.scale[rows])
 
@@ -111,3 +118,73 @@ def test_the_extremes_of_a_scale_are_each_other_s_inverse(inputs):
     scale = awq.candidate(seen(inputs * 1e4), 0.95)
     torch.testing.assert_close(scale.max() * scale.min(), torch.tensor(1.0))
     assert scale.max() > 2
+
+
+def uniform(weight, bits):
+    scheme = Scheme("uniform", Grid(bits, TENSOR, symmetric=False))
+    return METHODS["uniform"].solve(weight, None, scheme, torch.float32)
+
+
+def formula_of_paper_002(x, bits):
+    """A.1 in float64, with the sign of max - min put right."""
+    x, steps = x.double(), 2**bits - 1
+    low, high = x.min(), x.max()
+    return (high - low) * (((x - low) / (high - low) * steps).round() / steps) + low
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_uniform_is_the_formula_of_paper_002(weight, bits):
+    """Exactly so where its offset is a whole number of steps; 0 must be a level, so else it moves by less than one."""
+    step = (weight.max() - weight.min()) / (2**bits - 1)
+    assert ((uniform(weight, bits).dequantize() - formula_of_paper_002(weight, bits)).abs() <= 1.001 * step).all()
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 2**bits, weight.shape, generator=generator).float() - (2**bits // 3)
+    whole += (torch.rand(weight.shape, generator=generator) - 0.5) * 0.9
+    whole[0, 0], whole[0, 1] = -(2**bits // 3), 2**bits - 1 - 2**bits // 3
+    whole = whole.clamp(whole[0, 0].item(), whole[0, 1].item()) / 64
+    torch.testing.assert_close(uniform(whole, bits).dequantize().double(), formula_of_paper_002(whole, bits))
+
+
+def test_a_constant_tensor_is_kept_by_uniform():
+    """The formula divides by max - min, which is 0 here."""
+    constant = torch.full((4, 32), 0.75)
+    torch.testing.assert_close(uniform(constant, 4).dequantize(), constant)
+    assert (uniform(torch.zeros(4, 32), 4).dequantize() == 0).all()
+
+
+def test_the_block_loss_chooses_by_the_trial_alone(inputs, weight):
+    statistics, tried = seen(inputs), []
+
+    def trial(scale):
+        tried.append(scale)
+        return -scale.max().item()
+
+    found = awq.rescale(problem([weight], statistics, Grid(3, 32), trial, awq_loss="block"))
+    assert len(tried) == len(awq.EXPONENTS)
+    assert torch.equal(found, awq.candidate(statistics, 0.95))
+
+
+def test_a_weighted_token_counts_as_often_as_its_weight_says(inputs):
+    counts = torch.randint(1, 4, (len(inputs),), generator=torch.Generator().manual_seed(3))
+    weighted, repeated = Statistics.empty(64), Statistics.empty(64)
+    weighted.add(inputs, counts)
+    repeated.add(inputs.repeat_interleave(counts, dim=0))
+    torch.testing.assert_close(weighted.gram, repeated.gram, rtol=1e-4, atol=1e-2)
+
+
+def test_what_the_reference_reads_is_kept_as_a_cross_gram(inputs):
+    reference = inputs + torch.randn_like(inputs)
+    found = Statistics.empty(64, cross=True)
+    for part, other in zip(inputs.split(100), reference.split(100), strict=True):
+        found.add(part, reference=other)
+    exact = (reference.double() - inputs.double()).T @ inputs.double()
+    torch.testing.assert_close(found.cross.double(), exact, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_clip_of_a_whole_tensor_is_one_for_all_rows(inputs, weight, symmetric):
+    statistics, scheme = seen(inputs), Scheme("awq", Grid(3, TENSOR, symmetric))
+    plain, clipped = (method.solve(weight, statistics, scheme, HALF) for method in (rtn, awq))
+    assert (clipped.scale == clipped.scale[0, 0]).all()
+    losses = [output_loss(found.dequantize() - weight, statistics.gram) for found in (plain, clipped)]
+    assert losses[1] < losses[0]

@@ -9,28 +9,30 @@ All linears that read an input share one `s`. Then each group's range is shrunk 
 error its columns cause. From H alone, the cost does not grow with the number of calibration tokens.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from vlmq.exporter.methods.problem import Problem
+from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics, output_loss
-from vlmq.kernels.grid import Grid, QuantizedWeight, round_trip, to_grid
+from vlmq.kernels.grid import TENSOR, Grid, QuantizedWeight, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
 ROWS = 1024  # rows searched at once: bounds the clip search's memory
 
 
-def rescale(weights: list[Tensor], statistics: Statistics, grids: list[Grid], dtype: torch.dtype) -> Tensor:
+def rescale(problem: Problem) -> Tensor:
     """The scale s (in,) for an input, float32, all ones where no scaling is best.
 
-    weights: of the linears that read the input, each (out, in) float32 with a grid of its own.
+    By the error of the linears that read it, from the Gram matrix; with `awq_loss: block` by that of the whole block,
+    which is run once for every candidate.
     """
-    candidates = [candidate(statistics, exponent) for exponent in EXPONENTS]
-    losses = [
-        sum(scale_loss(weight, scale, statistics, grid, dtype) for weight, grid in zip(weights, grids, strict=True))
-        for scale in candidates
-    ]
-    return candidates[min(range(len(candidates)), key=losses.__getitem__)]
+    by_block = any(scheme.options.awq_loss == "block" for scheme in problem.schemes)
+    loss = problem.trial if by_block else partial(scale_loss, problem)
+    return min((candidate(problem.statistics, exponent) for exponent in EXPONENTS), key=loss)
 
 
 def candidate(statistics: Statistics, exponent: float) -> Tensor:
@@ -39,21 +41,26 @@ def candidate(statistics: Statistics, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scale_loss(weight: Tensor, scale: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> float:
-    """tr(D H D^T) for one weight (out, in) and one scale (in,)."""
-    error = round_trip(weight * scale, grid, dtype) / scale - weight
-    return output_loss(error, statistics.gram).item()
+def scale_loss(problem: Problem, scale: Tensor) -> float:
+    """tr(D H D^T), summed over the weights that read the input, for one scale (in,)."""
+    total = 0.0
+    for weight, scheme in zip(problem.weights, problem.schemes, strict=True):
+        error = round_trip(weight * scale, scheme.grid, problem.dtype) / scale - weight
+        total += output_loss(error, problem.statistics.gram).item()
+    return total
 
 
-def solve(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
+def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
     """Round to nearest with each group's range shrunk by the factor that minimises the error its columns cause."""
-    return to_grid(weight, grid, dtype, clip(weight, statistics, grid, dtype))
+    return to_grid(weight, scheme.grid, dtype, clip(weight, statistics, scheme.grid, dtype))
 
 
 def clip(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The factor of SHRINKS for each group: weight (out, in)  ->  (out, groups)."""
-    width = grid.width(weight.shape[1])
-    grams = _diagonal_blocks(statistics.gram, width)
+    """The factor of SHRINKS for each group: weight (out, in)  ->  (out, groups); one for all of a TENSOR grid."""
+    grams = _diagonal_blocks(statistics.gram, grid.width(weight.shape[1]))
+    if grid.group == TENSOR:  # one scale, so one factor: all rows count together
+        losses = torch.stack([_group_losses(weight, grams, grid, dtype, shrink).sum() for shrink in SHRINKS])
+        return torch.full((len(weight), 1), SHRINKS[int(losses.argmin())], device=weight.device)
     return torch.cat([_clip_rows(rows, grams, grid, dtype) for rows in weight.split(ROWS)])
 
 
@@ -67,11 +74,14 @@ def _clip_rows(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype) ->
     best_loss = torch.full((len(weight), len(grams)), torch.inf, device=weight.device)
     best = torch.ones_like(best_loss)
     for shrink in SHRINKS:
-        error = (round_trip(weight, grid, dtype, shrink) - weight).unflatten(
-            1, (len(grams), -1)
-        )  # (out, groups, width)
-        loss = (torch.einsum("ogi,gij->ogj", error, grams) * error).sum(-1)
+        loss = _group_losses(weight, grams, grid, dtype, shrink)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better, shrink, best)
     return best
+
+
+def _group_losses(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype, shrink: float) -> Tensor:
+    """The error that each group's own columns cause when its range is shrunk (out, groups)."""
+    error = (round_trip(weight, grid, dtype, shrink) - weight).unflatten(1, (len(grams), -1))  # (out, groups, width)
+    return (torch.einsum("ogi,gij->ogj", error, grams) * error).sum(-1)
