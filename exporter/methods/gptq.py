@@ -1,0 +1,160 @@
+"""GPTQ: columns rounded one by one, each one's error made good by those that follow (Frantar et al., arXiv 2210.17323).
+
+Section 3, eq. 2 and 3, Algorithm 1. With H = sum w x x^T + damp * mean(diag H) I and U the upper Cholesky factor of its
+inverse (H^-1 = U^T U), rounding column j of the weight moves the columns k > j by
+
+    -(w_j - q_j) * U_jk / U_jj
+
+which minimises ||Q x - W x||^2 over what is not rounded yet. Columns come in order or by falling diag H (act_order).
+The columns beyond a block of 128 are moved once a block (section 3, step 2).
+
+Ranges fitted beforehand are those with which rounding to nearest errs least (option `clip`; the paper takes each
+group's extremes): on correlated inputs that halves what is left of the error at 2 and 3 bits.
+
+`gptaq`, asymmetric calibration (Li et al., arXiv 2504.02692, Algorithm 1), aims at ||Q x - W r||^2, where r is what
+the full-precision model reads in place of x. The part of W (r - x) that column j answers for, w_j (r_j - x_j), is left
+to the columns k > j, whose least squares have the inverse U_k>j^T U_k>j. They also move by
+
+    +w_j * P_jk,    P = striu(C U^T) U,    C = sum w (r - x) x^T
+
+where striu keeps what is above the diagonal. Here w_j is the weight as moved so far, and P is not damped by a factor.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.methods import awq
+from vlmq.exporter.scheme import Scheme
+from vlmq.exporter.statistics import Statistics
+from vlmq.kernels.grid import ROW, TENSOR, Grid, QuantizedWeight, dequantize, fit, quantize
+
+BLOCK = 128  # columns rounded before the columns beyond them are moved
+STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
+SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
+ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
+
+
+def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+    """weight (out, in) float32  ->  its codes in the order of its columns, scales in `dtype`.
+
+    Every row is solved as if it were alone, bit for bit (but for the scale that a TENSOR grid shares).
+    ValueError: act_order where groups are fitted on the way, gptaq without `statistics.cross`.
+    VlmqError: a Gram matrix that cannot be factored.
+    """
+    grid, options = scheme.grid, scheme.options
+    static = options.static_groups or grid.group in (ROW, TENSOR)
+    if options.act_order and not static:
+        raise ValueError("act_order tears apart groups that are fitted on the way; it needs static_groups")
+    inputs = statistics.gram.diagonal()
+    order = inputs.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(inputs))
+    moves = _moves(statistics, order.to(weight.device), options.damp, options.gptaq)
+    rows = len(weight)
+    alive = pad(weight.masked_fill(inputs == 0, 0), (0, 0, 0, -rows % SLAB))  # rows of zeros fill up the last slab
+    width = grid.width(alive.shape[1])
+    if static:
+        shrink = _shrink(alive, statistics, grid, dtype) if options.clip else 1.0
+        scale, zero = (fitted.T.contiguous() for fitted in fit(alive, grid, dtype, shrink))
+    else:
+        scale = alive.new_empty(alive.shape[1] // width, len(alive), dtype=dtype)
+        zero = torch.empty_like(scale, dtype=torch.uint8)
+    codes = _round_columns(alive.T[order].contiguous(), order.tolist(), moves, scale, zero, grid, width, static)
+    codes, scale, zero = (found.T[:rows].contiguous() for found in (codes, scale, zero))
+    return QuantizedWeight(codes, scale, zero, grid)
+
+
+def _shrink(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The factor of each group's range (out, groups) with which rounding to nearest errs least, as AWQ clips."""
+    slabs = (weight,) if grid.group == TENSOR else weight.split(SLAB)
+    return torch.cat([awq.clip(slab, statistics, grid, dtype) for slab in slabs])
+
+
+def _moves(statistics: Statistics, order: Tensor, damp: float, asymmetric: bool) -> list[Tensor]:
+    """How a rounded column moves those that follow, each (in, in) float32, columns in `order`.
+
+    First by its error, then, if asymmetric, by its value.
+    """
+    if asymmetric and statistics.cross is None:
+        raise ValueError("gptaq needs what the full-precision model reads; statistics.cross is missing")
+    factor = inverse_factor(statistics.gram, damp, order)
+    moves = [-(factor / factor.diagonal().unsqueeze(1)).float()]
+    if asymmetric and statistics.cross is not None:
+        cross = statistics.cross[order][:, order].double()
+        moves.append(((cross @ factor.T).triu_(1) @ factor).float())
+    return moves
+
+
+def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of the damped Gram matrix: (in, in)  ->  (in, in) float64.
+
+    Rows and columns are put in `order` (in,) first. A channel that is always 0 gets diagonal 1.
+    """
+    gram = gram.double()[order][:, order]
+    dead = gram.diagonal() == 0
+    share = damp * gram.diagonal().mean()
+    for attempt in range(ATTEMPTS):
+        damped = gram.clone()
+        damped.diagonal().add_(share * 10**attempt).masked_fill_(dead, 1)
+        # The Cholesky factor of the matrix read backwards, read backwards, is upper: H = M M^T, so that U = M^-1.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    raise VlmqError(
+        f"the Gram matrix of an input cannot be factored, not even with damp={damp * 10 ** (ATTEMPTS - 1):g}; "
+        "calibrate with more samples or --option damp=0.1"
+    )
+
+
+def _round_columns(
+    weight: Tensor,
+    order: list[int],
+    moves: list[Tensor],
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    width: int,
+    static: bool,
+) -> Tensor:
+    """The column loop. weight (in, out), in place, its columns (rows here) in `order`  ->  codes (in, out) uint8.
+
+    scale, zero (groups, out) are of the original order; if not static, they are filled when a group is reached.
+    A column is a row here, since its values then lie side by side.
+    """
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    errors = torch.empty_like(weight)
+    # A group that is fitted on the way lies in one block, whose columns are up to date where a group begins.
+    block = BLOCK if static else max(width, BLOCK - BLOCK % width)
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
+        for first in range(start, stop, STRIP):
+            last = min(first + STRIP, stop)
+            for column in range(first, last):
+                group = order[column] // width
+                if not static and column % width == 0:
+                    scale[group], zero[group] = (
+                        fitted.squeeze(1) for fitted in fit(weight[column : column + width].T, grid, scale.dtype)
+                    )
+                value = weight[column].unsqueeze(1)
+                level = scale[group].unsqueeze(1), zero[group].unsqueeze(1)
+                code = quantize(value, *level, grid)
+                codes[order[column]] = code.squeeze(1)
+                errors[column] = (value - dequantize(code, *level)).squeeze(1)
+                for move, source in zip(moves, (errors, weight), strict=False):
+                    weight[column + 1 : last] += move[column, column + 1 : last].unsqueeze(1) * source[column]
+            _move(weight, errors, moves, slice(first, last), slice(last, stop))
+        _move(weight, errors, moves, slice(start, stop), slice(stop, len(weight)))
+    return codes
+
+
+def _move(weight: Tensor, errors: Tensor, moves: list[Tensor], done: slice, ahead: slice) -> None:
+    """Move the columns `ahead` by what the columns `done` left: weight, errors (in, out); weight in place.
+
+    In slabs of rows: how a matrix product rounds depends on its shape, not on where a row lies in it.
+    """
+    move = torch.cat([move[done, ahead] for move in moves]).T
+    left = [source[done] for source in (errors, weight)[: len(moves)]]
+    for first in range(0, weight.shape[1] if len(move) else 0, SLAB):
+        slab = slice(first, first + SLAB)
+        weight[ahead, slab] += move @ torch.cat([source[:, slab] for source in left])
