@@ -5,8 +5,10 @@ where each lies is known from the headers alone.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
@@ -44,11 +46,26 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """A tensor that is made of stored ones when it is read.
+
+    `make` gets a function that reads stored tensors, each in its own dtype, by in-memory name, and returns float32.
+    `source` is the stored tensor that the new one takes the place and the dtype of.
+    """
+
+    source: str
+    make: Callable[[Callable[[str], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A vision-language checkpoint whose weights are read when they are asked for.
 
     `name` is what the user called it; `revision` the commit of a Hub model. `places` maps in-memory names of
     tensors to where they lie; it is empty for a configuration without weights.
+
+    It may be a view of what is stored: some tensors (by in-memory name) are read through `transforms`, and `config`
+    differs from config.json by `changes`, entries nested as they are there.
     """
 
     name: str
@@ -57,13 +74,35 @@ class Checkpoint:
     family: Family
     revision: str | None = None
     places: dict[str, Place] = field(default_factory=dict)
+    transforms: dict[str, Transform] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on the meta device."""
         return skeleton(self.config, torch.float32)
 
+    def model(self) -> PreTrainedModel:
+        """The whole model in memory, float32, in eval mode."""
+        model = self.skeleton()
+        self.fill(model, "")
+        absent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return model
+
     def read(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
+        if name in self.transforms:
+            return self._float(name).to(self.dtype(name))
+        return self._stored(name)
+
+    def _float(self, name: str) -> Tensor:
+        """One tensor in float32; a transformed one is not rounded to the dtype it would be stored in."""
+        transform = self.transforms.get(name)
+        return transform.make(self._stored) if transform else self._stored(name).float()
+
+    def _stored(self, name: str) -> Tensor:
         place = self.places[name]
         try:
             with safe_open(place.file, framework="pt") as file:
@@ -73,7 +112,8 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in, read from the header."""
-        place = self.places[name]
+        transform = self.transforms.get(name)
+        place = self.places[transform.source if transform else name]
         with safe_open(place.file, framework="pt") as file:
             return shards.BY_NAME[file.get_slice(place.name).get_dtype()]
 
@@ -81,7 +121,7 @@ class Checkpoint:
         """Give a module's parameters and persistent buffers their values, float32; `prefix` is its in-memory name."""
         for name, parameter in list(module.named_parameters(prefix, recurse, remove_duplicate=False)):
             if parameter.is_meta and name in self.places:
-                _assign(module, name.removeprefix(f"{prefix}." if prefix else ""), self.read(name).float())
+                _assign(module, name.removeprefix(f"{prefix}." if prefix else ""), self._float(name))
         for name, buffer in module.named_buffers(prefix, recurse):
             if name in self.places:
                 buffer.copy_(self.read(name))

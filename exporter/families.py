@@ -2,7 +2,8 @@
 
 A family is data. A *stage* is a list of equal blocks (or one module that is a block by itself); its table says
 which linears read one and the same input, and whether a scale can be folded into what comes before them. The
-walk (`exporter/walk.py`) is the only reader. All names are the in-memory names of transformers' classes.
+walk (`exporter/walk.py`) reads it, and `exporter/rotation.py` a stage's *stream* besides. All names are the in-memory
+names of transformers' classes.
 """
 
 import re
@@ -15,7 +16,7 @@ from transformers import PretrainedConfig
 from vlmq.exporter.errors import VlmqError
 
 Component = Literal["vision", "connector", "language"]
-Kind = Literal["attention", "feedforward", "projection"]
+Kind = Literal["attention", "feedforward", "projection", "embedding", "head"]
 COMPONENTS: tuple[Component, ...] = ("vision", "connector", "language")
 
 
@@ -34,6 +35,26 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream through a stage's blocks: all that writes it, and all that reads it, each through a norm.
+
+    The norms in the blocks are those that the stage's `reads` come after; `last` is the one after the blocks, where a
+    `*` stands for any block. `writers` are linears of every block; `sources` linears and convolutions, and `embeddings`
+    parameters, before the blocks.
+    """
+
+    norm: Literal["layer", "rms"]
+    width: int
+    head: int  # channels of one head
+    values: tuple[str, str]  # the linear that makes the values (its part v, if fused), and the one that reads them
+    writers: tuple[str, ...] = ()  # none: the stream is written by a norm, and cannot be rotated
+    sources: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    last: Reads | None = None
+    tied: str | None = None  # the embedding whose weight the reader of `last` may share
+
+
+@dataclass(frozen=True)
 class Stage:
     """Blocks that run one after the other: their place, their table, and which linears stack several parts."""
 
@@ -43,6 +64,7 @@ class Stage:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     single: bool = False  # the module at `path` is one block, not a list of them
     live: Callable[[PretrainedConfig], int] | None = None  # how many blocks run; None: all
+    stream: Stream | None = None  # None: nothing in it can be rotated
 
 
 @dataclass(frozen=True)
@@ -127,8 +149,12 @@ def loose(reads: tuple[Reads, ...], *linears: str) -> tuple[Reads, ...]:
     return tuple(replace(entry, after=None) if set(entry.linears) & set(linears) else entry for entry in reads)
 
 
+def _head(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _blip2(config: PretrainedConfig) -> Family:
-    text = config.text_config
+    text, vision = config.text_config, config.vision_config
     if text.model_type != "opt":
         raise VlmqError(
             f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt"
@@ -138,20 +164,47 @@ def _blip2(config: PretrainedConfig) -> Family:
         opt = loose(opt, "self_attn.q_proj", "fc1")
     if text.activation_function != "relu":
         opt = loose(opt, "fc2")
+    seen = Stream(
+        norm="layer",
+        width=vision.hidden_size,
+        head=_head(vision),
+        values=("self_attn.qkv", "self_attn.projection"),
+        writers=("self_attn.projection", "mlp.fc2"),
+        sources=("vision_model.embeddings.patch_embedding",),
+        embeddings=("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"),
+        last=Reads(
+            _expand("qformer.encoder.layer.*.crossattention.attention.{key,value}"),
+            "attention",
+            after="vision_model.post_layernorm",
+        ),
+    )
+    decoder = "language_model.model.decoder"
+    spoken = Stream(
+        norm="layer",
+        width=text.hidden_size,
+        head=_head(text),
+        values=("self_attn.v_proj", "self_attn.out_proj"),
+        writers=("self_attn.out_proj", "fc2"),
+        sources=("language_projection",),
+        embeddings=(f"{decoder}.embed_tokens.weight", f"{decoder}.embed_positions.weight"),
+        last=Reads(("language_model.lm_head",), "projection", after=f"{decoder}.final_layer_norm"),
+        tied=f"{decoder}.embed_tokens.weight",
+    )
+    plain = opt[0].after and text.word_embed_proj_dim == text.hidden_size and not text._remove_final_layer_norm
     return Family(
         name="blip-2",
         stages=(
-            Stage("vision", "vision_model.encoder.layers", VIT, fused={"self_attn.qkv": ("q", "k", "v")}),
+            Stage("vision", "vision_model.encoder.layers", VIT, fused={"self_attn.qkv": ("q", "k", "v")}, stream=seen),
             Stage("connector", "qformer.encoder.layer", QFORMER),
             Stage("connector", "language_projection", (projection(""),), single=True),
-            Stage("language", "language_model.model.decoder.layers", opt),
+            Stage("language", f"{decoder}.layers", opt, stream=spoken if plain else None),
         ),
         kept={
             "language_model.lm_head": "output head, tied to the token embedding"
             if text.tie_word_embeddings
             else "output head",
-            "language_model.model.decoder.project_in": "width change of the token embedding",
-            "language_model.model.decoder.project_out": "width change before the output head",
+            f"{decoder}.project_in": "width change of the token embedding",
+            f"{decoder}.project_out": "width change before the output head",
         },
         question="Question: {} Answer:",
         caption="a photo of",
@@ -179,12 +232,24 @@ def _llava(config: PretrainedConfig) -> Family:
     llama: tuple[Reads, ...] = LLAMA
     if text.num_key_value_heads != text.num_attention_heads:  # grouped queries: several rows of o read one row of v
         llama = loose(llama, "self_attn.o_proj")
+    seen = Stream("layer", vision.hidden_size, _head(vision), ("self_attn.v_proj", "self_attn.out_proj"))
+    spoken = Stream(
+        norm="rms",
+        width=text.hidden_size,
+        head=_head(text),
+        values=("self_attn.v_proj", "self_attn.o_proj"),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        sources=("model.multi_modal_projector.linear_2",),
+        embeddings=("model.language_model.embed_tokens.weight",),
+        last=Reads(("lm_head",), "projection", after="model.language_model.norm"),
+        tied="model.language_model.embed_tokens.weight",
+    )
     return Family(
         name="llava",
         stages=(
-            Stage("vision", "model.vision_tower.encoder.layers", CLIP, live=_read_vision_layers),
+            Stage("vision", "model.vision_tower.encoder.layers", CLIP, live=_read_vision_layers, stream=seen),
             Stage("connector", "model.multi_modal_projector", PROJECTOR, single=True),
-            Stage("language", "model.language_model.layers", llama),
+            Stage("language", "model.language_model.layers", llama, stream=spoken),
         ),
         kept={"lm_head": "output head"},
         question="USER: <image>\n{} ASSISTANT:",

@@ -65,13 +65,18 @@ def staged(final: Path) -> Iterator[Path]:
     _sync(final.parent)
 
 
-def copy_companions(source: Path, target: Path, quantization_config: Mapping | None = None) -> list[str]:
+def copy_companions(
+    source: Path, target: Path, quantization_config: Mapping | None = None, changes: Mapping | None = None
+) -> list[str]:
     """Copy config.json (every value as it was, `quantization_config` added) and COMPANIONS; the names copied.
+
+    changes: entries of config.json that the weights ask for, such as {"text_config": {"tie_word_embeddings": False}};
+    what lies beside them, at every depth, stays.
 
     config.json is not read and written back by transformers, which drops and renames entries. FormatError where
     it is absent, is no JSON object, or names a quantization already.
     """
-    config = _read_config(source / "config.json")
+    config = _changed(_read_config(source / "config.json"), changes or {})
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -83,6 +88,14 @@ def copy_companions(source: Path, target: Path, quantization_config: Mapping | N
             shutil.copyfile(path, target / name)  # the contents: a Hub cache holds links
             copied.append(str(name))
     return copied
+
+
+def _changed(config: Mapping, changes: Mapping) -> dict:
+    nested = {
+        name: _changed(config.get(name, {}), value) if isinstance(value, Mapping) else value
+        for name, value in changes.items()
+    }
+    return {**config, **nested}
 
 
 def _read_config(path: Path) -> dict:

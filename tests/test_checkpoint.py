@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter.checkpoint import open_checkpoint, release
 from vlmq.exporter.errors import VlmqError
@@ -58,6 +59,19 @@ def test_a_filled_module_can_be_released_again(tiny_folders):
     assert model.get_submodule("vision_model.encoder.layers.1").mlp.fc1.weight.is_meta
     release(block)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_whole_model_in_memory_is_the_one_that_transformers_reads(variant, tiny_folders):
+    folder = tiny_folders[variant]
+    model = open_checkpoint(str(folder)).model()
+    expected = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert not model.training
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == (variant == "blip2-opt")
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
 def test_no_such_model_says_what_can_be_named():
