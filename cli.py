@@ -34,6 +34,9 @@ app = typer.Typer(
     help="Export vision-language models to INT4/INT8 and prove that they still answer as the original did.",
 )
 
+recipe_app = typer.Typer(no_args_is_help=True, help="Show the recipe that flags and a file make.")
+app.add_typer(recipe_app, name="recipe")
+
 Model = Annotated[
     str, typer.Argument(help="A checkpoint's folder, a Hub id (user/name), or a demo: blip2-mini, llava-mini.")
 ]
@@ -55,18 +58,39 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
             Path | None, typer.Option(help="A recipe file (YAML); flags override it. See docs/recipes.md.")
         ] = None,
         method: Annotated[
-            str | None, typer.Option(help="How weights are quantized: awq or rtn.  [default: awq]")
+            str | None,
+            typer.Option(
+                help="uniform, rtn, awq, gptq, smoothquant, qvlm, awq+smoothquant, awq+gptq or smoothquant+gptq.  "
+                "[default: awq]"
+            ),
         ] = None,
         bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8, or 16 to leave alone.  [default: 4]")] = None,
         group_size: Annotated[
-            int | None, typer.Option(help="Columns that share a scale, 16 to 256, or -1 for the row.  [default: 128]")
+            str | None, typer.Option(help="Columns that share a scale, 16 to 256, or row, or tensor.  [default: 128]")
         ] = None,
         symmetric: Annotated[
             bool | None,
             typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  [default: symmetric]"),
         ] = None,
+        activation_bits: Annotated[
+            str | None, typer.Option(help="Bits that inputs are rounded to: 4, 6, 8 or none.  [default: none]")
+        ] = None,
+        activation_group: Annotated[
+            str | None,
+            typer.Option(help="What of an input shares a scale: token, tensor, or columns.  [default: token]"),
+        ] = None,
+        option: Annotated[
+            list[str] | None, typer.Option(help="KEY=VALUE of a method, such as damp=0.05; may be repeated.")
+        ] = None,
+        indivisible: Annotated[
+            str | None,
+            typer.Option(help="Columns that groups do not divide: refuse, or shrink the group.  [default: refuse]"),
+        ] = None,
         qkv: Annotated[
             str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  [default: fused]")
+        ] = None,
+        rotate: Annotated[
+            list[str] | None, typer.Option(help="Rotate a residual stream: language or vision; may be repeated.")
         ] = None,
         vision_bits: Annotated[int | None, typer.Option(help="Bits of the vision encoder.")] = None,
         connector_bits: Annotated[int | None, typer.Option(help="Bits of the Q-Former or projector.")] = None,
@@ -78,11 +102,21 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         made = _recipe(
             recipe,
-            {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "qkv": qkv},
             {
-                "vision": (vision_bits, vision_method),
-                "connector": (connector_bits, connector_method),
-                "language": (language_bits, language_method),
+                "method": method,
+                "bits": bits,
+                "group_size": group_size,
+                "symmetric": symmetric,
+                "activations": _activations(activation_bits, activation_group),
+                "options": _options(option or []),
+                "indivisible": indivisible,
+                "qkv": qkv,
+                "rotate": rotate or None,
+                "components": {
+                    "vision": {"bits": vision_bits, "method": vision_method},
+                    "connector": {"bits": connector_bits, "method": connector_method},
+                    "language": {"bits": language_bits, "method": language_method},
+                },
             },
         )
         command(recipe=made, **others)
@@ -136,7 +170,9 @@ def export(
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import export as run_export
 
-    name = output or Path(f"{Path(model).resolve().name}-{recipe.method}-w{recipe.bits}")
+    inputs = recipe.activations.grid
+    bits = f"w{recipe.bits}a{inputs.bits}" if inputs else f"w{recipe.bits}"
+    name = output or Path(f"{Path(model).resolve().name}-{recipe.method}-{bits}")
     request = Request(
         model=model,
         output=name,
@@ -219,6 +255,23 @@ def run(
         typer.echo(answer.text)
 
 
+@recipe_app.command()
+@_takes_recipe
+def show(
+    recipe: Any,
+    model: Annotated[str | None, typer.Argument(help="Check it against a model as well; a config is enough.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Print the recipe that flags and file make, in full, as a file that --recipe reads; nothing is computed."""
+    import yaml
+
+    if model:
+        from vlmq.exporter.inspection import check
+
+        check(model, recipe, revision)
+    typer.echo(yaml.safe_dump(recipe.content(), sort_keys=False, default_flow_style=None, width=120), nl=False)
+
+
 @app.command()
 @_takes_recipe
 def inspect(
@@ -239,18 +292,46 @@ def inspect(
         _print_tree(found)
 
 
-def _recipe(file: Path | None, flags: dict[str, Any], components: dict[str, tuple[int | None, str | None]]) -> "Recipe":
+def _recipe(file: Path | None, flags: dict[str, Any]) -> "Recipe":
     """Flags laid over the recipe file, if there is one."""
     from vlmq.exporter.recipe import make_recipe, read_recipe
 
-    content = read_recipe(file).model_dump(exclude_unset=True) if file else {}
-    content |= {key: value for key, value in flags.items() if value is not None}
-    for component, (bits, method) in components.items():
-        said = {key: value for key, value in (("bits", bits), ("method", method)) if value is not None}
-        if said:
-            settings = content.setdefault("components", {})
-            settings[component] = {**settings.get(component, {}), **said}
-    return make_recipe(content)
+    content = read_recipe(file).model_dump(mode="json", exclude_unset=True) if file else {}
+    return make_recipe(_laid_over(content, flags))
+
+
+def _laid_over(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """`content` with every flag that was given in its place, dictionaries key by key."""
+    made = dict(content)
+    for key, value in flags.items():
+        if isinstance(value, dict):
+            below = made.get(key)
+            value = _laid_over(below if isinstance(below, dict) else {}, value) or None
+        if value is not None:
+            made[key] = value
+    return made
+
+
+def _activations(bits: str | None, group: str | None) -> str | dict[str, Any]:
+    return "none" if bits == "none" else {"bits": bits, "group_size": group}
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE flags as a dictionary, values read as YAML reads them."""
+    import yaml
+
+    from vlmq.exporter.errors import VlmqError
+
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise VlmqError(f"--option {text}: no value; write KEY=VALUE, such as damp=0.05")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise VlmqError(f"--option {text}: not a YAML value; write KEY=VALUE, such as damp=0.05") from error
+    return options
 
 
 def _verdict_json(verdict: "Verdict") -> dict[str, object]:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from vlmq.exporter import ends
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.families import COMPONENTS
-from vlmq.exporter.recipe import Assignment, Recipe, Scheme
-from vlmq.exporter.walk import Block, Site, walk
+from vlmq.exporter.recipe import Assignment, Recipe
+from vlmq.exporter.scheme import Scheme
+from vlmq.exporter.walk import Block, Site
 from vlmq.formats import compressed_tensors
+from vlmq.kernels.grid import ROW, TENSOR, Grid
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,17 @@ class Inspection:
         return self.elsewhere + sum(blocks.after for found in self.components.values() for blocks in found)
 
 
+def check(model: str, recipe: Recipe, revision: str | None = None) -> None:
+    """VlmqError where the recipe cannot be meant for the model; its configuration is enough."""
+    checkpoint = open_checkpoint(model, revision, weights=False)
+    recipe.assign(ends.plan(checkpoint, checkpoint.skeleton(), recipe))
+
+
 def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspection:
     """Walk a demo, a folder (config.json is enough) or a Hub model, and apply the recipe to it on paper."""
     checkpoint = open_checkpoint(model, revision, weights=False)
     skeleton = checkpoint.skeleton()
-    plan = walk(skeleton, checkpoint.family)
+    plan = ends.plan(checkpoint, skeleton, recipe)
     assignment = recipe.assign(plan)
     width = _width(checkpoint)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -110,8 +119,15 @@ def _linear(site: Site, block: Block, scheme: Scheme | None, kept: dict[str, str
     shape, before = (site.rows, site.columns), site.rows * site.columns * width
     if scheme is None:
         return Linear(name, shape, before, before, f"kept: {kept[site.name]}")
-    group = "per row" if scheme.grid.group == -1 else f"g{scheme.grid.group}"
-    plan = f"{scheme.method} {scheme.grid.bits}-bit {group}{'' if scheme.grid.symmetric else ' asymmetric'}"
+    plan = f"{scheme.method} {_words(scheme.grid, 'row')}"
+    if scheme.inputs:
+        plan += f", inputs {_words(scheme.inputs, 'token')}"
     if scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows:
         return Linear(name, shape, before, before, f"{plan}, v alone; stored dense")
-    return Linear(name, shape, before, compressed_tensors.packed_bytes(shape, scheme.grid, width), plan)
+    return Linear(name, shape, before, compressed_tensors.packed_bytes(shape, scheme.grid.stored, width), plan)
+
+
+def _words(grid: Grid, row: str) -> str:
+    """`4-bit g128`, `8-bit per token`: a grid in words, with what a row of it is."""
+    group = {ROW: f"per {row}", TENSOR: "per tensor"}.get(grid.group, f"g{grid.group}")
+    return f"{grid.bits}-bit {group}{'' if grid.symmetric else ' asymmetric'}"

@@ -1,88 +1,51 @@
-"""The recipe: which method and grid each site gets, from command-line flags or a YAML file with one schema.
+"""The recipe: which method and which grids each site gets, from command-line flags or a file with one schema.
 
 method: awq
 bits: 4
 group_size: 128
+activations: {bits: 8, group_size: token}
 components:
   vision: {bits: 8}
-rules:                                  # later rules win; a regular expression on the in-memory name
-  - {match: 'language_model.*fc2', bits: 8}
+rules:                                  # later rules win; all selectors of a rule must hold
+  - {match: 'language_model.*fc2', blocks: end, bits: 8}
+
+docs/recipes.md is the reference. Thirds of blocks are those of paper 002, section 3 ("block groups").
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
+from vlmq.exporter import mmq
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Component
 from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.scheme import Options, Scheme
+from vlmq.exporter.settings import (
+    FULL,
+    Activations,
+    Bits,
+    GroupSize,
+    MethodName,
+    Rule,
+    Settings,
+    Table,
+    Third,
+    laid_over,
+)
 from vlmq.exporter.walk import Site, Walk
-from vlmq.kernels.grid import BITS, Grid
+from vlmq.kernels.grid import ROW, TENSOR, Grid
 
-FULL = 16  # bits that mean "left alone"
+__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format"]
+
+WIDTHS = (256, 128, 64, 32, 16)  # of groups, what `indivisible: shrink` chooses from
+UNIFORM = "uniform"  # has one grid only: asymmetric, for the whole tensor (paper 002, A.1)
 
 Qkv = Literal["fused", "split", "v-only", "skip"]
-
-
-def _known_method(name: str) -> str:
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    return name
-
-
-def _known_bits(bits: int) -> int:
-    if bits not in (*BITS, FULL):
-        raise ValueError(f"{bits} bits; choose one of {', '.join(map(str, BITS))}, or {FULL} to leave alone")
-    return bits
-
-
-def _known_group(group: int) -> int:
-    Grid(bits=4, group=group)
-    return group
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error})") from error
-    return text
-
-
-MethodName = Annotated[str, AfterValidator(_known_method)]
-Bits = Annotated[int, AfterValidator(_known_bits)]
-GroupSize = Annotated[int, AfterValidator(_known_group)]
-
-
-class Settings(BaseModel):
-    """What a component or a rule changes; None leaves it as it was."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: MethodName | None = None
-    bits: Bits | None = None
-    group_size: GroupSize | None = None
-    symmetric: bool | None = None
-
-
-class Rule(Settings):
-    """Settings for the sites whose in-memory name the regular expression finds."""
-
-    match: Annotated[str, AfterValidator(_pattern)]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What one site gets: a method and a weight grid, and the rows it applies to (None: all)."""
-
-    method: str
-    grid: Grid
-    rows: tuple[slice, ...] | None = None  # solved one by one; None: the whole linear at once
 
 
 @dataclass(frozen=True)
@@ -93,63 +56,126 @@ class Assignment:
     kept: dict[str, str]
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """Defaults, then what each component changes, then what each rule changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: MethodName = "awq"
     bits: Bits = 4
     group_size: GroupSize = 128
     symmetric: bool = True
+    activations: Activations = Activations(bits=FULL)
+    options: Options = Options()
+    indivisible: Literal["refuse", "shrink"] = "refuse"
     qkv: Qkv = "fused"
-    components: dict[Component, Settings] = {}
+    rotate: tuple[Literal["language", "vision"], ...] = ()  # components whose residual stream is rotated
+    components: dict[Component, Settings] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    head: Settings | None = None  # the output head; None: left alone
+    embedding: Table | None = None  # the token embedding; None: left alone
+
+    def content(self) -> dict[str, Any]:
+        """Plain values that `make_recipe` reads back to this recipe, defaults spelt out."""
+        unsaid = {"group_size", "symmetric"} - self.model_fields_set if self.method == UNIFORM else set()
+        return self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
 
     def assign(self, walk: Walk) -> Assignment:
-        """Give every site its scheme; VlmqError for a rule that matches nothing or a group that does not divide."""
-        present = {site.component for site in walk.sites}
-        for component in self.components:
-            if component not in present:
-                raise VlmqError(f"recipe: the model has no component {component}; it has {', '.join(sorted(present))}")
-        for rule in self.rules:
-            if not any(re.search(rule.match, site.name) for site in walk.sites):
-                raise VlmqError(f"recipe: the rule {rule.match!r} matches no linear; `vlmq inspect` lists their names")
+        """Give every site its scheme; VlmqError, before any work, for what matches nothing or cannot be."""
+        thirds = {
+            site.name: _third(block.index, len(stage))
+            for stage in walk.stages
+            for block in stage
+            for site in block.sites
+        }
+        self._check_selectors(walk, thirds)
         schemes: dict[str, Scheme] = {}
         kept = dict(walk.kept)
         for site in walk.sites:
-            found = self._scheme(site)
+            found = self._scheme(site, thirds[site.name])
             if isinstance(found, str):
                 kept[site.name] = found
             else:
                 schemes[site.name] = found
         if not schemes:
             raise VlmqError("recipe: every linear is left at 16 bits; give at least one component fewer")
+        wanted = any(place.activations and place.activations.bits is None for place in self._all_settings())
+        if wanted and not any(scheme.inputs for scheme in schemes.values()):
+            raise VlmqError("recipe: activations without bits; give --activation-bits 8, 6 or 4")
         return Assignment(schemes, kept)
 
-    def _scheme(self, site: Site) -> Scheme | str:
+    def _check_selectors(self, walk: Walk, thirds: dict[str, Third]) -> None:
+        present = {site.component for site in walk.sites}
+        for component in (*self.components, *self.rotate):
+            if component not in present:
+                raise VlmqError(f"recipe: the model has no component {component}; it has {', '.join(sorted(present))}")
+        for rule in self.rules:
+            if not any(rule.selects(site, thirds[site.name]) for site in walk.sites):
+                said = ", ".join(f"{key} {value!r}" for key, value in rule.selectors.items())
+                raise VlmqError(f"recipe: the rule {said} matches no linear; `vlmq inspect` lists their names")
+
+    def _scheme(self, site: Site, third: Third) -> Scheme | str:
         """The site's scheme, or the reason it is kept in full precision."""
+        if site.kind == "embedding":
+            return self._table_scheme(site)
         method, bits, group, symmetric = self.method, self.bits, self.group_size, self.symmetric
-        for settings in self._settings(site):
+        activations, options = self.activations, self.options
+        for place, settings in self._settings(site, third):
             method = settings.method or method
             bits = settings.bits or bits
-            group = settings.group_size or group
+            group = group if settings.group_size is None else settings.group_size
             symmetric = symmetric if settings.symmetric is None else settings.symmetric
+            activations = laid_over(activations, settings.activations)
+            options = laid_over(options, settings.options)
+            if method == UNIFORM:
+                _refuse_other_grid(place, settings)
         if bits == FULL:
             return "16 bits asked for"
         if site.parts and self.qkv == "skip":
             return "fused projection, --qkv skip"
-        grid = Grid(bits, group, symmetric)
+        grid = Grid(bits, TENSOR, symmetric=False) if method == UNIFORM else Grid(bits, group, symmetric)
+        inputs = activations.grid
+        scheme = Scheme(
+            method,
+            self._fitting(grid, site, "--group-size"),
+            inputs and self._fitting(inputs, site, "--activation-group"),
+            self._rows(site),
+            options,
+        )
+        _refuse_senseless(scheme, site, self.qkv)
+        return scheme
+
+    def _table_scheme(self, site: Site) -> Scheme:
+        assert self.embedding is not None  # or it would be no site
+        said = self.embedding
+        group = self.group_size if said.group_size is None else said.group_size
+        symmetric = self.symmetric if said.symmetric is None else said.symmetric
+        return Scheme("rtn", self._fitting(Grid(said.bits or self.bits, group, symmetric), site, "group_size"))
+
+    def _all_settings(self) -> tuple[Settings, ...]:
+        return (self, *self.components.values(), *self.rules, *([self.head] if self.head else []))
+
+    def _settings(self, site: Site, third: Third) -> Iterator[tuple[str, Settings]]:
+        """The places that say something about a site, the later the stronger."""
+        yield "recipe", self
+        if site.kind == "head" and self.head:
+            yield "recipe: head", self.head
+            return
+        if site.component in self.components:
+            yield f"recipe: components.{site.component}", self.components[site.component]
+        for index, rule in enumerate(self.rules):
+            if rule.selects(site, third):
+                yield f"recipe: rules.{index}", rule
+
+    def _fitting(self, grid: Grid, site: Site, flag: str) -> Grid:
+        """The grid, or (`indivisible: shrink`) one with the widest group that divides the site's columns."""
         try:
             grid.width(site.columns)
         except ValueError as error:
-            raise VlmqError(f"{site.name}: {error}") from error
-        return Scheme(method, grid, self._rows(site))
-
-    def _settings(self, site: Site) -> Iterator[Settings]:
-        if site.component in self.components:
-            yield self.components[site.component]
-        yield from (rule for rule in self.rules if re.search(rule.match, site.name))
+            if self.indivisible == "refuse":
+                what = str(error).replace("--group-size", flag)
+                raise VlmqError(f"{site.name}: {what}, or --indivisible shrink") from error
+            widths = (width for width in WIDTHS if width < grid.group and site.columns % width == 0)
+            return Grid(grid.bits, next(widths, ROW), grid.symmetric)
+        return grid
 
     def _rows(self, site: Site) -> tuple[slice, ...] | None:
         if not site.parts or self.qkv == "fused":
@@ -158,18 +184,65 @@ class Recipe(BaseModel):
         return tuple(site.part_rows(part) for part in parts)
 
 
+def _third(index: int, count: int) -> Third:
+    """[0, n/3) [n/3, 2n/3) [2n/3, n), rounded down: of two blocks there is no front, and a lone one is the end."""
+    return "front" if index < count // 3 else "middle" if index < 2 * count // 3 else "end"
+
+
+def _refuse_other_grid(place: str, settings: Settings) -> None:
+    said = settings.model_fields_set
+    if ("group_size" in said and settings.group_size not in (None, TENSOR)) or (
+        "symmetric" in said and settings.symmetric
+    ):
+        raise VlmqError(
+            f"{place}: uniform has one grid, asymmetric and for the whole tensor; leave out group_size and symmetric, "
+            "or choose --method rtn"
+        )
+
+
+def _refuse_senseless(scheme: Scheme, site: Site, qkv: Qkv) -> None:
+    if METHODS[scheme.method].for_inputs and scheme.inputs is None:
+        raise VlmqError(f"{site.name}: {scheme.method} prepares inputs for quantization; give --activation-bits 8")
+    if site.kind == "head" and METHODS[scheme.method].percentiles:
+        raise VlmqError(
+            f"{site.name}: {scheme.method} looks at what a block puts out, and nothing reads the head; "
+            "give head another method"
+        )
+    options = scheme.options
+    if scheme.method.endswith("gptq") and options.act_order and not options.static_groups and scheme.grid.group > 0:
+        raise VlmqError(
+            f"{site.name}: act_order without static_groups needs g_idx, which no reader takes; set static_groups: true"
+        )
+    if site.parts and qkv == "v-only" and scheme.inputs:
+        raise VlmqError(
+            f"{site.name}: --qkv v-only stores it dense, and the input of a dense linear is not rounded; "
+            "choose --qkv fused, split or skip"
+        )
+
+
+def refuse_for_format(assignment: Assignment, formats: Literal["safetensors", "onnx", "both"]) -> None:
+    """VlmqError naming the first site whose scheme the format cannot hold."""
+    if formats == "safetensors":
+        return
+    for name, scheme in assignment.schemes.items():
+        if scheme.inputs:
+            raise VlmqError(f"{name}: ONNX graphs hold no activation grid; choose --format safetensors")
+
+
 def read_recipe(file: Path) -> Recipe:
-    """A recipe from a YAML file; VlmqError naming the file and the key that is wrong."""
+    """A recipe from a YAML or JSON file, ours or in a layout of mmq; VlmqError naming the file and the wrong key."""
     try:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
         raise VlmqError(f"{file}: cannot be read ({error.strerror}); name a recipe file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise VlmqError(f"{file}: not YAML ({str(error).splitlines()[0]}); see docs/recipes.md") from error
+    if mmq.is_layout(content):
+        content = mmq.recipe(content, str(file))
     return make_recipe(content or {}, str(file))
 
 
-def make_recipe(content: dict, where: str = "recipe") -> Recipe:
+def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values, checked; VlmqError with the first thing that is wrong."""
     try:
         return Recipe.model_validate(content)
@@ -177,4 +250,6 @@ def make_recipe(content: dict, where: str = "recipe") -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = "unknown key; docs/recipes.md lists them"
         raise VlmqError(f"{where}: {key + ': ' if key else ''}{what}") from error

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vlmq import cli
 from vlmq.exporter.pipeline import Request, export
@@ -30,10 +31,10 @@ def vlmq(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect"])
+@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "recipe", "recipe show"])
 def test_help_loads_nothing_that_takes_time(command):
     code = (
-        f"import sys; sys.argv = ['vlmq', '{command}', '--help']\nfrom vlmq import cli\n"
+        f"import sys; sys.argv = ['vlmq', *'{command}'.split(), '--help']\nfrom vlmq import cli\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         "print('LOADED', sorted({'torch', 'transformers', 'numpy', 'onnxruntime'} & set(sys.modules)))"
     )
@@ -82,6 +83,8 @@ def bad_inputs(folder, exported, tmp_path, images):
     (text / "config.json").write_text('{"model_type": "llama"}')
     lines = tmp_path / "missing.jsonl"
     lines.write_text('{"image": "gone.png", "prompt": "what?"}\n')
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("group_size: 32\nrules:\n- {match: mlp.gate_proj, bits: 8}\n")
     existing = tmp_path / "existing"
     existing.mkdir()
     fine = ("--group-size", 32, "--calibration", images, "--samples", 4, "--no-verify")
@@ -94,6 +97,17 @@ def bad_inputs(folder, exported, tmp_path, images):
         "no such method": (("export", folder, "--method", "magic"), "unknown method 'magic'"),
         "group": (("export", folder), "64 columns do not divide into groups of 128"),
         "odd group": (("export", folder, "--group-size", 50), "a group of 50 columns"),
+        "inputs of 5 bits": (("export", folder, "--activation-bits", 5), "5 bits for inputs; choose 4, 6, 8"),
+        "inputs in graphs": (
+            ("export", folder, "--method", "rtn", *fine, "--activation-bits", 8, "--format", "both"),
+            "ONNX graphs hold no activation grid; choose --format safetensors",
+        ),
+        "option without a value": (("export", folder, "--option", "damp"), "--option damp: no value; write KEY=VALUE"),
+        "option no method has": (("export", folder, "--option", "dmap=1"), "options.dmap: unknown key"),
+        "recipe for another model": (
+            ("recipe", "show", folder, "--recipe", rules),
+            "the rule match 'mlp.gate_proj' matches no linear",
+        ),
         "no samples": (("export", folder, *fine, "--samples", 0), "0 samples: awq needs at least one"),
         "nothing to verify on": (("verify", exported), "name the samples to verify on"),
         "exists": (("export", folder, *fine, "-o", existing), "exists already"),
@@ -115,6 +129,11 @@ BAD = (
     "no such method",
     "group",
     "odd group",
+    "inputs of 5 bits",
+    "inputs in graphs",
+    "option without a value",
+    "option no method has",
+    "recipe for another model",
     "no samples",
     "nothing to verify on",
     "exists",
@@ -206,3 +225,66 @@ def test_flags_override_the_recipe_file(vlmq, tiny_folders, tmp_path):
     assert code == 0
     assert "self_attn.qkv 192 x 64: rtn 5-bit g32" in out
     assert "fc1 128 x 64: awq 6-bit g32" in out
+
+
+FLAGS = (
+    *("--method", "awq+gptq", "--bits", 3, "--group-size", "row", "--asymmetric", "--qkv", "split"),
+    *("--activation-bits", 8, "--activation-group", "tensor", "--rotate", "language", "--rotate", "vision"),
+    *("--option", "damp=0.05", "--option", "act_order=false", "--option", "token_weights=modality"),
+    *("--indivisible", "shrink", "--vision-bits", 8, "--connector-method", "rtn"),
+)
+FILE = """
+method: awq+gptq
+bits: 3
+group_size: -1
+symmetric: false
+qkv: split
+activations: {bits: 8, group_size: 0}
+rotate: [language, vision]
+options: {damp: 0.05, act_order: false, token_weights: modality}
+indivisible: shrink
+components: {vision: {bits: 8}, connector: {method: rtn}}
+"""
+
+
+def test_flags_make_the_recipe_that_a_file_makes(vlmq, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FILE)
+    code, by_flags, err = vlmq("recipe", "show", *FLAGS)
+    assert (code, err) == (0, "")
+    assert by_flags == vlmq("recipe", "show", "--recipe", file)[1]
+
+
+@pytest.mark.parametrize("flags", [(), FLAGS, ("--method", "uniform", "--language-method", "awq")])
+def test_recipe_show_prints_a_file_that_reads_back_to_the_same_recipe(flags, vlmq, tmp_path):
+    file = tmp_path / "shown.yaml"
+    _, shown, _ = vlmq("recipe", "show", *flags)
+    file.write_text(shown)
+    assert vlmq("recipe", "show", "--recipe", file)[1] == shown
+
+
+def test_flags_change_single_keys_of_a_file(vlmq, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("activations: {bits: 8, group_size: tensor}\noptions: {damp: 0.05, alpha: 0.5}\n")
+    _, out, _ = vlmq("recipe", "show", "--recipe", file, "--activation-bits", 4, "--option", "alpha=search")
+    shown = yaml.safe_load(out)
+    assert shown["activations"] == {"bits": 4, "group_size": "tensor"}
+    assert (shown["options"]["damp"], shown["options"]["alpha"]) == (0.05, "search")
+    _, out, _ = vlmq("recipe", "show", "--recipe", file, "--activation-bits", "none")
+    assert yaml.safe_load(out)["activations"] == "none"
+
+
+def test_recipe_show_checks_the_recipe_against_a_model_from_its_configuration(vlmq, tiny_folders, tmp_path):
+    shutil.copy(tiny_folders["blip2-opt"] / "config.json", tmp_path)
+    assert vlmq("recipe", "show", tmp_path, "--group-size", 32)[0] == 0
+    code, out, err = vlmq("recipe", "show", tmp_path)
+    assert (code, out) == (2, "")
+    assert "64 columns do not divide into groups of 128" in err
+
+
+def test_inspect_says_how_inputs_are_rounded(vlmq, tiny_folders):
+    flags = ("--method", "rtn", "--group-size", "tensor", "--activation-bits", 8)
+    _, out, _ = vlmq("inspect", tiny_folders["blip2-opt"], *flags)
+    assert "fc1 128 x 64: rtn 4-bit per tensor, inputs 8-bit per token" in out
+    _, out, _ = vlmq("inspect", tiny_folders["blip2-opt"], *flags, "--activation-group", 32)
+    assert "inputs 8-bit g32" in out
