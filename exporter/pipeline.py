@@ -13,6 +13,7 @@ from torch import nn
 
 import vlmq
 from vlmq.exporter import data as datas
+from vlmq.exporter import ends
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.demo.catalog import CHECKPOINTS
@@ -20,13 +21,14 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
 from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.load import load
-from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.progress import Progress
-from vlmq.exporter.quantize import QuantizedBlock, quantize
-from vlmq.exporter.recipe import Assignment, Recipe
+from vlmq.exporter.quantize import needs_reference, quantize
+from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT, Samples, ids_sha256
-from vlmq.exporter.walk import walk
+from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.writing import Written, write_weights
 from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import copy_companions, staged
@@ -68,11 +70,12 @@ class Exported:
 
 def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone."""
-    checkpoint = open_checkpoint(request.model, request.revision)
+    checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
-    plan = walk(model, checkpoint.family)
+    plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
-    calibrated = any(METHODS[scheme.method].calibrated for scheme in assignment.schemes.values())
+    refuse_for_format(assignment, request.formats)
+    calibrated = any(is_calibrated(scheme) for scheme in assignment.schemes.values())
     if calibrated and request.samples < 1:
         raise VlmqError(
             f"{request.samples} samples: {request.recipe.method} needs at least one; choose a larger --samples"
@@ -87,13 +90,13 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
         request.verify,
     )
     with staged(request.output) as folder:
-        calibration = _calibration(checkpoint, model, data.calibration)
+        calibration = _calibration(checkpoint, model, assignment, data.calibration)
         blocks = quantize(checkpoint, model, plan, assignment, calibration, progress)
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
                 written = _write_safetensors(checkpoint, blocks, assignment, Path(beside))
                 _write_onnx(Path(beside), folder, request.accuracy_level, progress)
-            copy_companions(checkpoint.folder, folder)
+            copy_companions(checkpoint.folder, folder, changes=checkpoint.changes)
         else:
             written = _write_safetensors(checkpoint, blocks, assignment, folder)
             if request.formats == "both":
@@ -106,7 +109,7 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
             request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
         )
         report.write(verdict, request.output)
-    note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids)
+    note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
     return Exported(request.output, made, verdict, note)
 
 
@@ -131,10 +134,13 @@ def verify_folder(
     return verdict
 
 
-def _calibration(checkpoint: Checkpoint, model: nn.Module, samples: Samples | None) -> Calibration | None:
+def _calibration(
+    checkpoint: Checkpoint, model: nn.Module, assignment: Assignment, samples: Samples | None
+) -> Calibration | None:
     if samples is None:
         return None
-    return Calibration(model, prepare(samples.samples, open_processor(checkpoint.folder), checkpoint.family))
+    batches = prepare(samples.samples, open_processor(checkpoint.folder), checkpoint.family)
+    return Calibration(model, batches, needs_reference(assignment))
 
 
 def _write_safetensors(
@@ -142,7 +148,8 @@ def _write_safetensors(
 ) -> Written:
     written = write_weights(checkpoint, blocks, folder)
     kept = {*assignment.kept, *(set(assignment.schemes) - set(written.grids))}
-    copy_companions(checkpoint.folder, folder, compressed_tensors.quantization_config(written.grids, kept))
+    config = compressed_tensors.quantization_config(written.grids, kept)
+    copy_companions(checkpoint.folder, folder, config, checkpoint.changes)
     return written
 
 
@@ -171,7 +178,7 @@ def _manifest(
         vlmq=vlmq.__version__,
         source=manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision),
         family=checkpoint.family.name,
-        recipe=request.recipe.model_dump(mode="json", exclude_none=True),
+        recipe=request.recipe.content(),
         calibration=calibration,
         tensors=written.records,
         kept={on_disk(module): reason for module, reason in assignment.kept.items()},

@@ -1,47 +1,27 @@
 """Quantizing: one block after the other, each on what the quantized blocks before it put out.
 
-For every block: read its weights, gather the statistics of its inputs, fold the scales its methods choose, check that
-the folds changed nothing, choose the codes, and run the quantized block to get the next block's inputs.
+For every block: read its weights, solve it (`solving.py`), and run it as it will be, its inputs rounded too where the
+recipe says so, to get the next block's inputs. Where ranges are searched across layers, a few blocks stay in memory
+until theirs are found.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlmq.exporter import folds
-from vlmq.exporter.calibration import Calibration, Call, gather
+from vlmq.exporter import crosslayer, ends, modality, vision_tuning
+from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.progress import Progress
-from vlmq.exporter.recipe import Assignment, Scheme
-from vlmq.exporter.statistics import Statistics, output_loss
-from vlmq.exporter.walk import Block, Input, Walk
-from vlmq.kernels.grid import QuantizedWeight
-
-
-@dataclass(frozen=True)
-class Solved:
-    """What one site became: its codes, or, where only some of its rows are quantized, the dense weight they give.
-
-    loss: tr(D H D^T) / tr(W H W^T), the relative squared error of its outputs on the calibration samples.
-    """
-
-    weight: QuantizedWeight | Tensor
-    scheme: Scheme
-    folded: bool
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class QuantizedBlock:
-    """A finished block: what its sites became, and its other tensors that a fold changed, in the source's dtype."""
-
-    block: Block
-    sites: dict[str, Solved]
-    changed: dict[str, Tensor]
+from vlmq.exporter.recipe import Assignment
+from vlmq.exporter.rounding import InputRounding
+from vlmq.exporter.scheme import Scheme
+from vlmq.exporter.solving import Given, QuantizedBlock, solve_block
+from vlmq.exporter.walk import Block, Walk
 
 
 @torch.no_grad()
@@ -55,31 +35,103 @@ def quantize(
 ) -> Iterator[QuantizedBlock]:
     """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs."""
     done, count = 0, len(walk.blocks)
+    given = Given(checkpoint, model, assignment.schemes)
     if calibration:
+        given = _prepared(given, walk, calibration)
         _fill_outside(checkpoint, model, walk)
     for stage in walk.stages:
+        if ends.is_embedding(stage):
+            yield ends.quantize_embedding(stage[0], given)
+            done += 1
+            continue
         calls = calibration.calls(stage) if calibration else {}
-        if (
-            calibration
-            and not calls
-            and any(site.name in assignment.schemes for block in stage for site in block.sites)
-        ):
+        quantized = any(site.name in assignment.schemes for block in stage for site in block.sites)
+        if calibration and not calls and quantized:
             what = stage[0].component
             raise VlmqError(
                 f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16"
             )
-        for block in stage:
-            progress("quantizing", done, count)
-            module = model.get_submodule(block.name)
-            checkpoint.fill(module, block.name)
-            yield _quantize_block(block, model, assignment.schemes, checkpoint, list(calls.values()))
-            for call in calls.values():
-                call.hidden = call.run(module)
-            release(module)
-            done += 1
+        with ends.unread(model, stage):
+            for span in _spans(stage, given, list(calls.values())):
+                progress("quantizing", done, count)
+                yield from _quantize_span(span, given, list(calls.values()))
+                done += len(span)
         if calibration:
             calibration.finish(stage, calls)
     progress("quantizing", count, count)
+
+
+def needs_reference(assignment: Assignment) -> bool:
+    """Whether the full-precision model must run alongside: some method aims at what it puts out."""
+    return any(scheme.options.gptaq or METHODS[scheme.method].percentiles for scheme in assignment.schemes.values())
+
+
+def _prepared(given: Given, walk: Walk, calibration: Calibration) -> Given:
+    """What has to be known of the whole model before its first block: the weights of tokens, and tuned ranges."""
+    weights, tuned = {}, {}
+    if any(scheme.options.token_weights == "modality" for scheme in given.schemes.values()):
+        weights = modality.floored(modality.weights(given.checkpoint, calibration.batches))
+    searched = {site.name: given.schemes.get(site.name) for site in walk.sites if site.component == "vision"}
+    if any(scheme and _is_tuned(scheme) for scheme in searched.values()):
+        with torch.enable_grad():
+            tuned = vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes)
+    return replace(given, vision_weights=weights, tuned=tuned)
+
+
+def _is_tuned(scheme: Scheme) -> bool:
+    return METHODS[scheme.method].percentiles and scheme.options.vision_tuning and scheme.inputs is not None
+
+
+def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tuple[Block, ...]]:
+    """The blocks that are searched together: one by one, but for a method that minds what layers do to each other."""
+    schemes = [given.schemes[site.name] for block in stage for site in block.sites if site.name in given.schemes]
+    minding = [scheme for scheme in schemes if METHODS[scheme.method].percentiles and scheme.options.cross_layer]
+    tuned = any(site.name in given.tuned for block in stage for site in block.sites)
+    if not calls or tuned or len(stage) < 2 or not minding or minding[0].inputs is None:
+        return [(block,) for block in stage]
+    found = crosslayer.dependencies(stage, given.model, given.checkpoint, calls, minding[0].inputs.bits)
+    return crosslayer.spans(stage, found, minding[0].options.threshold)
+
+
+def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call]) -> Iterator[QuantizedBlock]:
+    """Solve the blocks of a span and run them on; then search the ranges of their inputs, where a method does that."""
+    starts = [call.hidden for call in calls]
+    finished: list[QuantizedBlock] = []
+    roundings: list[InputRounding] = []
+    for block in span:
+        module = given.model.get_submodule(block.name)
+        given.checkpoint.fill(module, block.name)
+        finished.append(solve_block(block, given, calls))
+        roundings.append(_rounding(given.model, finished[-1]))
+        _run(module, calls)
+    if any(found.rows for found in finished):
+        for call, start in zip(calls, starts, strict=True):
+            call.hidden = start
+        rows = {name: kept for found in finished for name, kept in found.rows.items()}
+        limits = crosslayer.search(span, given.model, calls, roundings, rows)
+        finished = [_with_limits(found, limits) for found in finished]
+        for block in span:
+            _run(given.model.get_submodule(block.name), calls)
+    yield from finished
+    for block, rounding in zip(span, roundings, strict=True):
+        rounding.remove()
+        release(given.model.get_submodule(block.name))
+
+
+def _rounding(model: nn.Module, found: QuantizedBlock) -> InputRounding:
+    """The inputs of a block's sites rounded as they will be."""
+    grids = {name: solved.scheme.inputs for name, solved in found.sites.items() if solved.scheme.inputs}
+    return InputRounding(model, grids, {name: found.sites[name].limits for name in grids})
+
+
+def _with_limits(found: QuantizedBlock, limits: dict) -> QuantizedBlock:
+    sites = {name: replace(solved, limits=limits.get(name, solved.limits)) for name, solved in found.sites.items()}
+    return replace(found, sites=sites, rows={})
+
+
+def _run(module: nn.Module, calls: list[Call]) -> None:
+    for call in calls:
+        call.hidden = call.run(module)
 
 
 def _fill_outside(checkpoint: Checkpoint, model: nn.Module, walk: Walk) -> None:
@@ -88,109 +140,3 @@ def _fill_outside(checkpoint: Checkpoint, model: nn.Module, walk: Walk) -> None:
     for name, module in model.named_modules():
         if not f"{name}.".startswith(skipped):
             checkpoint.fill(module, name, recurse=False)
-
-
-def _quantize_block(
-    block: Block, model: nn.Module, schemes: dict[str, Scheme], checkpoint: Checkpoint, calls: list[Call]
-) -> QuantizedBlock:
-    module = model.get_submodule(block.name)
-    before = {
-        name: tensor.clone()
-        for name, tensor in module.named_parameters(block.name)
-        if name.removesuffix(".weight") not in schemes
-    }
-    statistics, output = gather(block, model, calls) if calls else ([None] * len(block.inputs), None)
-    dtype = {site.name: checkpoint.dtype(f"{site.name}.weight") for site in block.sites}
-
-    folded: dict[str, bool] = {}
-    for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
-        scale = _rescale(entry, model, schemes, seen, dtype)
-        if scale is not None:
-            folds.fold(entry, scale, model)
-            statistics[index] = seen.divided_by(scale)
-        folded |= {site.name: scale is not None for site in entry.sites}
-    if output is not None and any(folded.values()):
-        folds.check(block.name, output, calls[0].run(module))
-
-    solved = {}
-    for entry, seen in zip(block.inputs, statistics, strict=True):
-        for site in entry.sites:
-            if site.name in schemes:
-                solved[site.name] = _solve(
-                    site.name, model, schemes[site.name], seen, dtype[site.name], folded[site.name]
-                )
-    return QuantizedBlock(block, solved, _settle(block, model, before, solved, checkpoint))
-
-
-def _rescale(
-    entry: Input, model: nn.Module, schemes: dict[str, Scheme], seen: Statistics | None, dtype: dict[str, torch.dtype]
-) -> Tensor | None:
-    """The scale to fold before an input; None where there is nowhere to fold it, or no method that wants one."""
-    sites = [site for site in entry.sites if site.name in schemes]
-    if entry.source is None or seen is None or not sites:
-        return None
-    rescale = METHODS[schemes[sites[0].name].method].rescale
-    if rescale is None:
-        return None
-    weights = [_rows(model.get_parameter(f"{site.name}.weight"), schemes[site.name]) for site in sites]
-    scale = rescale(weights, seen, [schemes[site.name].grid for site in sites], dtype[sites[0].name])
-    return None if bool((scale == 1).all()) else scale
-
-
-def _rows(weight: Tensor, scheme: Scheme) -> Tensor:
-    """The rows of a weight that its scheme quantizes."""
-    return weight if scheme.rows is None else torch.cat([weight[rows] for rows in scheme.rows])
-
-
-def _solve(
-    name: str, model: nn.Module, scheme: Scheme, seen: Statistics | None, dtype: torch.dtype, folded: bool
-) -> Solved:
-    weight = model.get_parameter(f"{name}.weight")
-    solve = METHODS[scheme.method].solve
-    found: QuantizedWeight | Tensor
-    if scheme.rows is None:
-        found = solve(weight, seen, scheme.grid, dtype)
-        dense = found.dequantize()
-    else:
-        parts = [solve(weight[rows], seen, scheme.grid, dtype) for rows in scheme.rows]
-        dense = weight.clone()
-        for rows, part in zip(scheme.rows, parts, strict=True):
-            dense[rows] = part.dequantize()
-        if sum(len(part.codes) for part in parts) == len(weight):
-            found = _stack(parts)
-        else:  # a linear of which some rows stay dense is stored dense, rounded to what the file holds
-            found = dense.to(dtype)
-            dense = found.float()
-    return Solved(found, scheme, folded, _relative_loss(dense, weight, seen))
-
-
-def _stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """The parts of a fused projection as one weight: rows have scales of their own, so nothing else changes."""
-    return QuantizedWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat([part.zero for part in parts]),
-        parts[0].grid,
-    )
-
-
-def _relative_loss(dense: Tensor, weight: Tensor, seen: Statistics | None) -> float | None:
-    if seen is None:
-        return None
-    return (output_loss(dense - weight, seen.gram) / output_loss(weight, seen.gram).clamp(min=1e-30)).item()
-
-
-def _settle(
-    block: Block, model: nn.Module, before: dict[str, Tensor], solved: dict[str, Solved], checkpoint: Checkpoint
-) -> dict[str, Tensor]:
-    """Give the block the weights that will be written, and return those that folds changed, as they are written."""
-    changed = {}
-    for name, parameter in model.get_submodule(block.name).named_parameters(block.name):
-        site = solved.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if site is not None:
-            weight = site.weight
-            parameter.copy_(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight)
-        elif not torch.equal(parameter, before[name]):
-            changed[name] = parameter.to(checkpoint.dtype(name))
-            parameter.copy_(changed[name])
-    return changed

@@ -43,7 +43,7 @@ def test_a_fold_into_the_wrong_rows_of_a_fused_projection_is_caught(part, random
     block = found.blocks[0]
     entry = next(entry for entry in block.inputs if entry.source and entry.source.rows)
     calls = [*Calibration(model, inputs(model, "blip2-opt", random_samples)).calls(found.stages[0]).values()]
-    _, before = gather(block, model, calls)
+    _, (before, *_) = gather(block, model, calls)
     right = entry.source.rows
     fused = block.sites[0]
     object.__setattr__(entry.source, "rows", fused.part_rows(part))
@@ -60,7 +60,7 @@ def test_a_fold_that_forgets_the_bias_is_caught(random_samples):
     found = walk(model, family_of(model.config))
     block = found.blocks[0]
     calls = [*Calibration(model, inputs(model, "blip2-opt", random_samples)).calls(found.stages[0]).values()]
-    _, before = gather(block, model, calls)
+    _, (before, *_) = gather(block, model, calls)
     entry = block.inputs[0]
     norm = model.get_submodule(entry.source.name)
     bias = norm.bias.clone()

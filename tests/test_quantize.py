@@ -7,12 +7,31 @@ from vlmq.exporter import folds
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.methods.registry import METHODS
-from vlmq.exporter.quantize import quantize
+from vlmq.exporter.quantize import needs_reference, quantize
 from vlmq.exporter.recipe import make_recipe
+from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.samples import Sample
 from vlmq.exporter.walk import walk
-from vlmq.kernels.grid import QuantizedWeight, to_grid
+from vlmq.kernels.grid import Grid, Limits, QuantizedWeight, to_grid
+
+PER_TOKEN = {"bits": 8, "group_size": "token"}
+PER_TENSOR = {"bits": 8, "group_size": "tensor"}
+RECIPES = {
+    "uniform": {"method": "uniform", "bits": 8},
+    "rtn": {"method": "rtn"},
+    "rtn per tensor": {"method": "rtn", "bits": 8, "group_size": "tensor", "activations": PER_TENSOR},
+    "awq": {"method": "awq"},
+    "awq by block": {"method": "awq", "options": {"awq_loss": "block"}},
+    "gptq": {"method": "gptq"},
+    "gptaq": {"method": "gptq", "options": {"gptaq": True}},
+    "awq+gptq": {"method": "awq+gptq"},
+    "smoothquant": {"method": "smoothquant", "bits": 8, "activations": PER_TOKEN},
+    "awq+smoothquant": {"method": "awq+smoothquant", "activations": {"bits": 4, "group_size": 32}},
+    "qvlm": {"method": "qvlm", "activations": PER_TENSOR, "options": {"vision_tuning": False}},
+    "weighted": {"method": "gptq", "options": {"token_weights": "modality"}},
+    "biases": {"method": "uniform", "bits": 8, "options": {"biases": True}},
+}
+WEIGHT_ONLY = ("rtn", "awq", "gptq")
 
 
 def run(folder, variant, samples, watch=lambda model: None, **recipe):
@@ -20,10 +39,12 @@ def run(folder, variant, samples, watch=lambda model: None, **recipe):
     checkpoint = open_checkpoint(str(folder))
     model = checkpoint.skeleton()
     found = walk(model, checkpoint.family)
-    assignment = make_recipe({"group_size": 32, **recipe}).assign(found)
+    group = {} if recipe.get("method") == "uniform" else {"group_size": 32}  # uniform has a grid of its own
+    assignment = make_recipe({**group, **recipe}).assign(found)
     calibration = None
     if samples:
-        calibration = Calibration(model, prepare(samples, tiny.processor(variant), checkpoint.family))
+        batches = prepare(samples, tiny.processor(variant), checkpoint.family)
+        calibration = Calibration(model, batches, needs_reference(assignment))
     blocks = []
     for block in quantize(checkpoint, model, found, assignment, calibration):
         watch(model)
@@ -46,13 +67,16 @@ def fake_quantized(folder, blocks):
                 model.get_submodule(name).weight.copy_(dense)
             for name, tensor in block.changed.items():
                 model.get_parameter(name).copy_(tensor)
+    solved = sites(blocks)
+    grids = {name: found.scheme.inputs for name, found in solved.items() if found.scheme.inputs}
+    InputRounding(model, grids, {name: solved[name].limits for name in grids})
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
-def test_every_block_saw_what_the_whole_quantized_model_gives_it(method, variant, tiny_folders, random_samples):
-    blocks, calibration = run(tiny_folders[variant], variant, random_samples, method=method)
+def test_every_block_saw_what_the_whole_quantized_model_gives_it(recipe, variant, tiny_folders, random_samples):
+    blocks, calibration = run(tiny_folders[variant], variant, random_samples, **RECIPES[recipe])
     model = fake_quantized(tiny_folders[variant], blocks)
     caught = {}
     for stage, _ in calibration.played:
@@ -67,7 +91,7 @@ def test_every_block_saw_what_the_whole_quantized_model_gives_it(method, variant
 
 def test_awq_leaves_a_smaller_error_than_rtn_at_every_component(variant, tiny_folders, random_samples):
     losses = {}
-    for method in METHODS:
+    for method in ("rtn", "awq"):
         blocks, _ = run(tiny_folders[variant], variant, random_samples, method=method, bits=3)
         for block in blocks:
             for solved in block.sites.values():
@@ -76,12 +100,15 @@ def test_awq_leaves_a_smaller_error_than_rtn_at_every_component(variant, tiny_fo
         assert sum(losses[component, "awq"]) < sum(losses[component, "rtn"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+PER_TENSOR_WEIGHTS = ("uniform", "biases", "rtn per tensor")  # whose parts have ranges of their own
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in PER_TENSOR_WEIGHTS])
 @pytest.mark.parametrize("group", [32, -1])
-def test_quantizing_a_fused_qkv_equals_quantizing_its_parts(method, group, tiny_folders, random_samples):
+def test_quantizing_a_fused_qkv_equals_quantizing_its_parts(recipe, group, tiny_folders, random_samples):
     folder = tiny_folders["blip2-opt"]
     fused, split = (
-        sites(run(folder, "blip2-opt", random_samples, method=method, group_size=group, qkv=qkv)[0])
+        sites(run(folder, "blip2-opt", random_samples, **{**RECIPES[recipe], "group_size": group, "qkv": qkv})[0])
         for qkv in ("fused", "split")
     )
     assert fused.keys() == split.keys()
@@ -165,3 +192,98 @@ def test_a_fold_that_changes_a_block_stops_the_export_and_names_it(tiny_folders,
     monkeypatch.setattr(folds, "fold", forgetful)
     with pytest.raises(VlmqError, match=r"vision_model\.encoder\.layers\.0: folding changed its output"):
         run(tiny_folders["blip2-opt"], "blip2-opt", random_samples)
+
+
+@torch.no_grad()
+def test_the_reference_runs_alongside_on_what_the_full_precision_model_computes(variant, tiny_folders, random_samples):
+    _, calibration = run(tiny_folders[variant], variant, random_samples, bits=2, **RECIPES["gptaq"])
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folders[variant], dtype=torch.float32)
+    caught = {}
+    for stage, _ in calibration.reference_played:
+        model.get_submodule(stage[-1].name).register_forward_hook(
+            lambda module, args, output, name=stage[-1].name: caught.__setitem__(name, output)
+        )
+    for index, batch in enumerate(calibration.batches):
+        model(**batch)
+        for (stage, outputs), (_, quantized) in zip(calibration.reference_played, calibration.played, strict=True):
+            torch.testing.assert_close(outputs[index], caught[stage[-1].name], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(quantized[index], outputs[index], rtol=1e-2, atol=1e-2)
+
+
+def test_a_range_for_a_whole_input_is_what_calibration_saw_there(tiny_folders, random_samples):
+    blocks, _ = run(tiny_folders["llava-llama"], "llava-llama", random_samples, **RECIPES["rtn per tensor"])
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folders["llava-llama"], dtype=torch.float32)
+    seen = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    checkpoint = open_checkpoint(str(tiny_folders["llava-llama"]))
+    with torch.no_grad():
+        for batch in prepare(random_samples, tiny.processor("llava-llama"), checkpoint.family):
+            model(**batch)
+    extremes = Limits(min(x.min().item() for x in seen), max(x.max().item() for x in seen))
+    found = sites(blocks)[name].limits  # of the first block's second half: its own attention is not rounded yet
+    assert found.low == pytest.approx(extremes.low, rel=1e-4)
+    assert found.high == pytest.approx(extremes.high, rel=1e-4)
+
+
+def test_the_block_loss_chooses_the_exponent_whose_block_errs_least(tiny_folders, random_samples):
+    """The oracle runs the block for every exponent with the weights that the exponent gives."""
+    folder, where = tiny_folders["llava-llama"], "model.language_model.layers.0"
+    kept = {"vision": {"bits": 16}, "connector": {"bits": 16}}
+    rules = [{"match": ".*", "bits": 16}, {"match": rf"{where}\.mlp\.(gate|up)_proj", "bits": 3}]
+    recipe = {"components": kept, "rules": rules, "options": {"awq_loss": "block"}}
+    blocks, calibration = run(folder, "llava-llama", random_samples, **recipe)
+    changed = next(block for block in blocks if block.block.name == where).changed
+    norm = f"{where}.post_attention_layernorm.weight"
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    layer, caught = model.get_submodule(where), []
+    hook = layer.register_forward_pre_hook(lambda m, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
+    inputs, names = [], ("gate_proj", "up_proj")
+    watch = layer.mlp.gate_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    losses = {}
+    with torch.no_grad():
+        for batch in calibration.batches:
+            model(**batch, use_cache=False)
+        hook.remove(), watch.remove()
+        mean = torch.cat([x.flatten(0, 1) for x in inputs]).abs().mean(0)
+        weights = {name: layer.mlp.get_submodule(name).weight.clone() for name in names}
+        targets = [layer(*args, **kwargs) for args, kwargs in caught]
+        for step in range(20):
+            scale = mean ** (step / 20)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            for name in names:
+                rounded = to_grid(weights[name] * scale, Grid(3, 32)).dequantize() / scale
+                layer.mlp.get_submodule(name).weight.copy_(rounded)
+            outputs = [layer(*args, **kwargs) for args, kwargs in caught]
+            losses[step] = sum((one - two).square().sum().item() for one, two in zip(outputs, targets, strict=True))
+    best = min(losses, key=losses.get)
+    before = model.get_parameter(norm)
+    expected = mean ** (best / 20)
+    expected = before / (expected / (expected.max() * expected.min()).sqrt())
+    assert best > 0
+    torch.testing.assert_close(changed[norm].float(), expected.detach(), rtol=2e-3, atol=1e-3)
+
+
+def test_biases_are_rounded_only_when_asked_for(tiny_folders, random_samples):
+    name = "vision_model.encoder.layers.0.mlp.fc1.bias"
+    left, rounded = (
+        next(block for block in run(tiny_folders["blip2-opt"], "blip2-opt", None, **RECIPES[recipe])[0]).changed
+        for recipe in ("uniform", "biases")
+    )
+    assert not left
+    before = tiny.tiny("blip2-opt").half().get_parameter(name).float()
+    step = (before.max().clamp(min=0) - before.min().clamp(max=0)) / 255
+    assert len(rounded[name].unique()) <= 256
+    assert 0 < (rounded[name].float() - before).abs().max() <= step * 0.51 + 1e-3
+
+
+def test_with_weighted_tokens_the_gram_matrix_counts_the_image_as_the_loss_does(tiny_folders, random_samples):
+    plain, weighted = (
+        sites(run(tiny_folders["llava-llama"], "llava-llama", random_samples, **RECIPES[recipe])[0])
+        for recipe in ("gptq", "weighted")
+    )
+    vision = [name for name in plain if "vision_tower" in name]
+    language = [name for name in plain if "language_model" in name]
+    assert all(torch.equal(plain[name].weight.codes, weighted[name].weight.codes) for name in vision)
+    assert any(not torch.equal(plain[name].weight.codes, weighted[name].weight.codes) for name in language)
