@@ -4,12 +4,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from vlmq.exporter.checkpoint import Checkpoint
@@ -72,8 +73,13 @@ def calibration(count: int, seed: int) -> tuple[Sample, ...]:
     return read(demo_folder("calibration"), count, seed).samples
 
 
+@cache
+def processor_of(folder: Path) -> ProcessorMixin:
+    return open_processor(folder)
+
+
 def vlm(checkpoint: Checkpoint, model: PreTrainedModel) -> TorchVlm:
-    return TorchVlm(model, open_processor(checkpoint.folder))
+    return TorchVlm(model, processor_of(checkpoint.folder))
 
 
 def answers(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Answer]:
@@ -93,10 +99,15 @@ def first_logits(asked: TorchVlm, checkpoint: Checkpoint, samples: Sequence[Samp
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence, in nats, of the softmax of `logits` from that of `reference`."""
+    return float(divergences(reference, logits).mean())
+
+
+def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """(n, vocabulary) twice  ->  (n,): the divergence of each row."""
 
     def log_softmax(values: np.ndarray) -> np.ndarray:
         shifted = values - values.max(-1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
     first, second = log_softmax(reference), log_softmax(logits)
-    return float((np.exp(first) * (first - second)).sum(-1).mean())
+    return (np.exp(first) * (first - second)).sum(-1)

@@ -1,0 +1,92 @@
+"""The report of methods.py: its rows as JSON, as Markdown tables with the verdicts, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+import plot
+from cells import Cell, Cells, read
+from configurations import CHECKPOINTS, REFERENCE, VARIANTS, rows
+from verdicts import findings, said
+
+from vlmq.exporter.evaluation.statistics import LEVEL
+
+COMMAND = "python benchmarks/methods.py"
+PICTURE = Path(__file__).parent.parent / "docs" / "methods.png"
+BULKY = ("right", "divergences")  # stay in the .jsonl
+# Where a sentence does not hold: what was found to be the reason, by the sentence.
+REASONS: dict[str, str] = {}
+
+HEAD = (
+    "| method | W | A | granularity | components | bits per weight | accuracy | minus reference | KL | seeds | s |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def report(measured: Path) -> None:
+    """Write methods.json, methods.md and the picture, from the rows that there are."""
+    kept = read(measured)
+    cells = Cells(kept)
+    results = [{name: value for name, value in kept[row].items() if name not in BULKY} for row in rows() if row in kept]
+    written = [common.write("methods", COMMAND, results), common.RESULTS / "methods.md", PICTURE]
+    written[1].write_text("\n".join(_lines(cells, len(results))) + "\n")
+    plot.draw(cells, PICTURE)
+    print(*written, sep="\n")
+
+
+def _lines(cells: Cells, measured: int) -> Iterator[str]:
+    machine = common.machine()
+    yield "# Methods compared"
+    yield ""
+    yield (
+        f"`{COMMAND}`: {measured} of {len(rows())} rows measured, on {machine['processor']}, a core each. Accuracy in "
+        f"% of {len(common.questions())} questions whose pictures were not calibrated on, mean over seeds; intervals "
+        f"of {LEVEL:.0%} resample pictures. KL: of the first token's logits from the reference's, in nats. Bits per "
+        "weight: of the quantized linears, scales and zeros counted. s: processor seconds to quantize. One seed: "
+        "nothing depends on it."
+    )
+    yield from _verdicts(cells)
+    for checkpoint in CHECKPOINTS:
+        for variant in VARIANTS:
+            yield from _table(cells, checkpoint, variant)
+    if cells.refused:
+        yield from ("", "## Refused", "")
+        yield from (f"* {one}, {other}: {what}: {why}" for (one, other, what), why in cells.refused.items())
+
+
+def _verdicts(cells: Cells) -> Iterator[str]:
+    yield from ("", "## What it must show", "")
+    for finding in findings(cells):
+        yield f"* {finding.sentence}: **{finding.verdict}**"
+        if finding.verdict == "does not hold":
+            yield f"  Reason: {REASONS.get(finding.sentence, 'not found yet.')}"
+        marks = {True: "yes", False: "no", None: "missing"}
+        yield from (f"  * {marks[check.good]}: {check.what}" for check in finding.checks)
+
+
+def _table(cells: Cells, checkpoint: str, variant: str) -> Iterator[str]:
+    order = {row.configuration: place for place, row in enumerate(reversed(rows()))}
+    found = sorted(cells.of(checkpoint, variant), key=lambda cell: -order.get(cell.configuration, -1))
+    yield from ("", f"## {checkpoint}, {variant}", "", *HEAD)
+    yield from (_line(cell, cells.reference(checkpoint, variant)) for cell in found)
+
+
+def _line(cell: Cell, reference: Cell | None) -> str:
+    what = cell.configuration
+    change = cell.against(reference) if reference and what != REFERENCE else None
+    columns = (
+        what.method,
+        what.weights,
+        what.inputs,
+        what.granularity,
+        what.components,
+        f"{cell.mean('bits_per_weight'):.2f}",
+        said(cell.accuracy, signed=False),
+        said(change) if change else "",
+        f"{cell.mean('divergence'):.4f}",
+        len(cell.rows),
+        f"{cell.mean('quantize_seconds'):.1f}",
+    )
+    return f"| {' | '.join(map(str, columns))} |"
