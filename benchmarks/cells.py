@@ -41,7 +41,7 @@ def read(file: Path) -> dict[Row, Kept]:
 def images() -> tuple[int, ...]:
     """The image of each question, by number."""
     numbers: dict[object, int] = {}
-    return tuple(numbers.setdefault(sample.image, len(numbers)) for sample in common.questions())
+    return tuple(numbers.setdefault(sample.image, len(numbers)) for sample in common.some_questions())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vlmq.exporter.sources import read
 
 logging.disable_progress_bar()
 
+SOME = 2000
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
 
@@ -67,6 +68,11 @@ def write(name: str, command: str, results: object) -> Path:
 def questions() -> tuple[Sample, ...]:
     """The demo's evaluation questions: none of their pictures was calibrated or trained on."""
     return tuple(sample for sample in read(demo_folder("evaluation"), None).samples if sample.kind == "question")
+
+
+def some_questions() -> tuple[Sample, ...]:
+    """SOME of them, where many models are asked: all questions about 500 pictures."""
+    return questions()[:SOME]
 
 
 def calibration(count: int, seed: int) -> tuple[Sample, ...]:

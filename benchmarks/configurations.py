@@ -17,21 +17,34 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
     "gptq": {"method": "gptq"},
+}
+VARIED: dict[str, dict[str, Any]] = {  # all components only
     "gptaq": {"method": "gptq", "options": {"gptaq": True}},
     "awq+gptq": {"method": "awq+gptq"},
+    "awq by block": {"method": "awq", "options": {"awq_loss": "block"}},
+    "gptq weighted": {"method": "gptq", "options": {"token_weights": "modality"}},
 }
 WITH_INPUTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "smoothquant": {"method": "smoothquant"},
     "awq+smoothquant": {"method": "awq+smoothquant"},
-    "layer-wise": {"method": "qvlm", "options": {"cross_layer": False, "vision_tuning": False}},
-    "qvlm, CDM only": {"method": "qvlm", "options": {"cross_layer": True, "vision_tuning": False}},
-    "qvlm, VEO only": {"method": "qvlm", "options": {"cross_layer": False, "vision_tuning": True}},
-    "qvlm": {"method": "qvlm", "options": {"cross_layer": True, "vision_tuning": True}},
+    "smoothquant+gptq": {"method": "smoothquant+gptq"},
     "rotate+rtn": {"method": "rtn", "rotate": ROTATE},
     "rotate+gptq": {"method": "gptq", "rotate": ROTATE},
+    "rotate+awq+gptq": {"method": "awq+gptq", "rotate": ROTATE},
+    "rotate+smoothquant+gptq": {"method": "smoothquant+gptq", "rotate": ROTATE},
 }
-ABLATIONS = ("layer-wise", "qvlm, CDM only", "qvlm, VEO only")
+SEARCHED = {
+    "layer-wise": {"cross_layer": False, "vision_tuning": False},
+    "qvlm, CDM only": {"cross_layer": True, "vision_tuning": False},
+    "qvlm, VEO only": {"cross_layer": False, "vision_tuning": True},
+    "qvlm": {"cross_layer": True, "vision_tuning": True},
+}
+WITH_INPUTS |= {name: {"method": "qvlm", "options": options} for name, options in SEARCHED.items()}
+# Q-VLM after the channels were evened out: paper 004 rounds the language model's inputs channel by channel.
+WITH_INPUTS |= {
+    f"smoothquant+{name}": {"method": "smoothquant+qvlm", "options": options} for name, options in SEARCHED.items()
+}
 
 # Name -> group_size of the weights, and of the inputs.
 GRANULARITIES: dict[str, tuple[int | str, int | str]] = {
@@ -59,7 +72,7 @@ class Configuration:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        methods = WEIGHT_ONLY if self.inputs == FULL else WITH_INPUTS
+        methods = WEIGHT_ONLY | VARIED if self.inputs == FULL else WITH_INPUTS
         weights, inputs = GRANULARITIES[self.granularity]
         found = {**methods[self.method], "bits": self.weights, "group_size": weights}
         if self.method == "uniform":
@@ -119,10 +132,16 @@ def _claimed() -> Iterator[Configuration]:
     yield REFERENCE
     yield from _weight_only("all")
     yield from (Configuration(method, 4, FULL, "g128", "all") for method in ("rtn", "awq", "gptq", "awq+gptq"))
-    for method in WITH_INPUTS:
+    for method in VARIED:
+        yield from (Configuration(method, bits, FULL, "g64", "all") for bits in (4, 3, 2))
+    for method in ("rtn", "smoothquant", "awq+smoothquant"):
         yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token", "tensor"))
-        if method not in ABLATIONS:
-            yield Configuration(method, 8, 8, "tensor", "all")
+        yield Configuration(method, 8, 8, "tensor", "all")
+    for method in ("smoothquant+gptq", "rotate+rtn", "rotate+gptq", "rotate+awq+gptq", "rotate+smoothquant+gptq"):
+        yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token"))
+    for name in SEARCHED:
+        yield from (Configuration(name, 4, 4, granularity, "all") for granularity in ("token", "tensor"))
+        yield Configuration(f"smoothquant+{name}", 4, 4, "token", "all")
 
 
 def _components() -> Iterator[Configuration]:
@@ -131,9 +150,9 @@ def _components() -> Iterator[Configuration]:
 
 
 def _rest() -> Iterator[Configuration]:
-    """What is left of methods x bits x components, inputs included."""
+    """What is left of methods x bits x components: inputs rounded too."""
     for components in COMPONENTS:
-        for method in (name for name in WITH_INPUTS if name not in ABLATIONS):
+        for method in ("smoothquant", "awq+smoothquant", "qvlm", "rotate+gptq"):
             yield from (
                 Configuration(method, weights, inputs, "g64", components)
                 for weights, inputs in ((8, 8), (4, 4), (3, 8), (2, 8))

@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--only REGEX] [--workers 2] [--fresh] [--report]
 
-Asks the 2400 evaluation questions, whose pictures are not among those calibrated on. Rows are appended to
+Asks 2000 evaluation questions, whose pictures are not among those calibrated on. Rows are appended to
 results/methods.jsonl as they are done; a run that was ended goes on where it was. Then, or at once with --report, it
 writes results/methods.json, results/methods.md and docs/methods.png (see table.py, verdicts.py).
 """
@@ -78,7 +78,7 @@ def make_variant(checkpoint: str, variant: str, seed: int) -> None:
 
 @cache
 def scorer(checkpoint: str) -> Scorer:
-    return Scorer(open_checkpoint(str(CHECKPOINTS[checkpoint])), common.questions())
+    return Scorer(open_checkpoint(str(CHECKPOINTS[checkpoint])), common.some_questions())
 
 
 @cache
@@ -90,7 +90,8 @@ def calibration(checkpoint: str, seed: int) -> list[Inputs]:
 @cache
 def reference_logits(checkpoint: str, variant: str, seed: int) -> np.ndarray:
     """(questions, vocabulary) float64: each answer's first token, by the checkpoint as it is."""
-    file = CACHE / f"{checkpoint}-{variant}-{seed if variant != 'plain' else 0}-{digest(checkpoint)}.npy"
+    seed = 0 if variant == "plain" else seed
+    file = CACHE / f"{checkpoint}-{variant}-{seed}-{digest(checkpoint)}-{common.SOME}.npy"
     if not file.exists():
         found = scorer(checkpoint).score(load(folder_of(checkpoint, variant, seed))).logits
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,12 @@ def simulate(
 def simulate_batches(
     checkpoint: Checkpoint, recipe: Recipe, batches: list[Inputs]
 ) -> tuple[PreTrainedModel, dict[str, Solved]]:
-    """`simulate`, on samples that are prepared already."""
+    """`simulate`, on samples that are prepared already; with none, for recipes that look at none."""
     checkpoint = rotate(checkpoint, recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, recipe)
     assignment = recipe.assign(plan)
-    calibration = Calibration(model, batches, needs_reference(assignment))
+    calibration = Calibration(model, batches, needs_reference(assignment)) if batches else None
     simulated = checkpoint.model()
     for name in checkpoint.transforms:  # as precise as a file of them would be, and no more
         simulated.get_parameter(name).copy_(checkpoint.read(name))
