@@ -8,7 +8,7 @@ from pathlib import Path
 import common
 import plot
 from cells import Cell, Cells, read
-from configurations import CHECKPOINTS, REFERENCE, VARIANTS, rows
+from configurations import CHECKPOINTS, FULL, REFERENCE, VARIANTS, Configuration, rows
 from verdicts import findings, said
 
 from vlmq.exporter.evaluation.statistics import LEVEL
@@ -42,12 +42,13 @@ def _lines(cells: Cells, measured: int) -> Iterator[str]:
     yield ""
     yield (
         f"`{COMMAND}`: {measured} of {len(rows())} rows measured, on {machine['processor']}, a core each. Accuracy in "
-        f"% of {len(common.questions())} questions whose pictures were not calibrated on, mean over seeds; intervals "
+        f"% of {common.SOME} questions whose pictures were not calibrated on, mean over seeds; intervals "
         f"of {LEVEL:.0%} resample pictures. KL: of the first token's logits from the reference's, in nats. Bits per "
         "weight: of the quantized linears, scales and zeros counted. s: processor seconds to quantize. One seed: "
         "nothing depends on it."
     )
     yield from _verdicts(cells)
+    yield from _losses(cells)
     for checkpoint in CHECKPOINTS:
         for variant in VARIANTS:
             yield from _table(cells, checkpoint, variant)
@@ -64,6 +65,29 @@ def _verdicts(cells: Cells) -> Iterator[str]:
             yield f"  Reason: {REASONS.get(finding.sentence, 'not found yet.')}"
         marks = {True: "yes", False: "no", None: "missing"}
         yield from (f"  * {marks[check.good]}: {check.what}" for check in finding.checks)
+
+
+def _losses(cells: Cells) -> Iterator[str]:
+    """AWQ's two losses side by side: which is more accurate, and at what cost."""
+    yield from ("", "## AWQ's loss: from the Gram matrix, or of the block's output", "")
+    yield "| model | bits | accuracy, gram | block | KL, gram | block | s, gram | block |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for checkpoint in CHECKPOINTS:
+        for variant in VARIANTS:
+            for bits in (4, 3, 2):
+                pair = [
+                    cells.get(checkpoint, variant, Configuration(method, bits, FULL, "g64", "all"))
+                    for method in ("awq", "awq by block")
+                ]
+                if all(pair):
+                    yield f"| {checkpoint}, {variant} | {bits} | {_side_by_side([cell for cell in pair if cell])} |"
+
+
+def _side_by_side(pair: list[Cell]) -> str:
+    columns = [said(cell.accuracy, signed=False) for cell in pair]
+    columns += [f"{cell.mean('divergence'):.4f}" for cell in pair]
+    columns += [f"{cell.mean('quantize_seconds'):.1f}" for cell in pair]
+    return " | ".join(columns)
 
 
 def _table(cells: Cells, checkpoint: str, variant: str) -> Iterator[str]:

@@ -43,3 +43,9 @@ def random_samples(tmp_path_factory):
         question = "what is the colour of the circle?" if index % 2 else "how many?"
         samples.append(Sample(str(index), file, "question", question, ("red",)))
     return tuple(samples)
+
+
+@pytest.fixture(scope="session")
+def pictures(random_samples):
+    """Their folder, as a user might name it."""
+    return random_samples[0].image.parent

@@ -26,12 +26,6 @@ from vlmq.formats.onnx_weights import read_weights
 FAMILIES = ("blip2-opt", "llava-llama")
 
 
-@pytest.fixture(scope="module")
-def pictures(random_samples):
-    """A folder of images with prompts, as a user might calibrate on."""
-    return random_samples[0].image.parent
-
-
 def request(folder, output, pictures, **changes):
     recipe = make_recipe({"group_size": 32, **changes.pop("recipe", {})})
     made = Request(model=str(folder), output=output, recipe=recipe, calibration=str(pictures), samples=8, verify=False)
