@@ -24,6 +24,7 @@ VARIED: dict[str, dict[str, Any]] = {  # all components only
     "awq by block": {"method": "awq", "options": {"awq_loss": "block"}},
     "gptq weighted": {"method": "gptq", "options": {"token_weights": "modality"}},
 }
+VARIED_BITS = {"gptaq": (4, 3, 2), "awq+gptq": (4, 3, 2), "awq by block": (4, 3, 2), "gptq weighted": (3,)}
 WITH_INPUTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "smoothquant": {"method": "smoothquant"},
@@ -117,39 +118,40 @@ def rows() -> list[Row]:
     """Every row, the most telling first; of those a seed after the other, so that an early end leaves whole tables."""
     ordered = (
         Row(checkpoint, variant, seed, configuration)
-        for configurations in map(list, (_claimed(), _components(), _rest()))
+        for stage in (_claimed, _components, _rest)
         for seed in SEEDS
         for checkpoint in CHECKPOINTS
         for variant in VARIANTS
-        for configuration in configurations
+        for configuration in stage(variant)
         if seed == SEEDS[0] or not once(variant, configuration)
     )
     return list(dict.fromkeys(ordered))
 
 
-def _claimed() -> Iterator[Configuration]:
+def _claimed(variant: str) -> Iterator[Configuration]:
     """What the sentences of verdicts.py are about: all components."""
     yield REFERENCE
     yield from _weight_only("all")
     yield from (Configuration(method, 4, FULL, "g128", "all") for method in ("rtn", "awq", "gptq", "awq+gptq"))
-    for method in VARIED:
-        yield from (Configuration(method, bits, FULL, "g64", "all") for bits in (4, 3, 2))
+    for method, bits in VARIED_BITS.items():
+        yield from (Configuration(method, each, FULL, "g64", "all") for each in bits)
     for method in ("rtn", "smoothquant", "awq+smoothquant"):
         yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token", "tensor"))
         yield Configuration(method, 8, 8, "tensor", "all")
     for method in ("smoothquant+gptq", "rotate+rtn", "rotate+gptq", "rotate+awq+gptq", "rotate+smoothquant+gptq"):
-        yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token"))
-    for name in SEARCHED:
-        yield from (Configuration(name, 4, 4, granularity, "all") for granularity in ("token", "tensor"))
-        yield Configuration(f"smoothquant+{name}", 4, 4, "token", "all")
+        yield Configuration(method, 4, 4, "g64", "all")
+    # Outliers leave nothing of a model whose inputs have 4 bits and are not smoothed.
+    searched = [("", "token"), ("", "tensor")] if variant == "plain" else [("smoothquant+", "token")]
+    for before, granularity in searched:
+        yield from (Configuration(f"{before}{name}", 4, 4, granularity, "all") for name in SEARCHED)
 
 
-def _components() -> Iterator[Configuration]:
+def _components(variant: str) -> Iterator[Configuration]:
     for components in ("language", "vision"):
         yield from _weight_only(components)
 
 
-def _rest() -> Iterator[Configuration]:
+def _rest(variant: str) -> Iterator[Configuration]:
     """What is left of methods x bits x components: inputs rounded too."""
     for components in COMPONENTS:
         for method in ("smoothquant", "awq+smoothquant", "qvlm", "rotate+gptq"):

@@ -4,7 +4,7 @@ The whole quantized model runs, and what is learned is how far the range of ever
 group of its weight is drawn in: 10 epochs of 64 pairs in batches of 8 (section 4.1), with the loss of
 `vision_loss.py`. As in the paper it starts from the ranges that are best site by site: the percentile that rounds
 the input with the least squared error, and the clip of the weight that its Gram matrix gives. Connector and language
-are rounded to nearest meanwhile, within the extremes they have.
+stay at their percentiles meanwhile, their weights rounded to nearest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.vision_loss import Loss, Target, Weights, levels_of, observe, shares_of, target_of
 from vlmq.exporter.walk import Walk, walk
-from vlmq.kernels.grid import TENSOR, Limits, round_input, round_trip
+from vlmq.kernels.grid import Grid, Limits, round_input, round_trip
 
 PAIRS, BATCH, EPOCHS = 64, 8, 10  # section 4.1
 HELD_OUT = 32  # pairs by which the best epoch is told
@@ -168,25 +168,27 @@ def _targets(model: PreTrainedModel, plan: Walk, batch: Batch, mark: int) -> lis
 @contextmanager
 def _watching(
     model: PreTrainedModel, names: Sequence[str], schemes: Mapping[str, Scheme]
-) -> Iterator[tuple[dict[str, Statistics], dict[str, Limits]]]:
-    """Statistics of what the named linears read while the model runs, and the extremes of what the others do."""
+) -> Iterator[tuple[dict[str, Statistics], dict[str, list[Tensor]]]]:
+    """Statistics of what the named linears read while the model runs, and rows of what the others do."""
     statistics = {name: Statistics.empty(_linear(model, name).in_features) for name in names}
-    extremes: dict[str, Limits] = {}
+    rows: dict[str, list[Tensor]] = {name: [] for name in schemes if name not in statistics}
 
     def note(name: str, x: Tensor) -> None:
+        keep = ROWS * BATCH // PAIRS
         if name in statistics:
-            statistics[name].add(x, keep=ROWS // PAIRS * len(x))
+            statistics[name].add(x, keep=keep)
             return
-        low, high = x.amin().item(), x.amax().item()
-        known = extremes.get(name, Limits(low, high))
-        extremes[name] = Limits(min(low, known.low), max(high, known.high))
+        flat = x.reshape(-1, x.shape[-1])
+        rows[name].append(flat[torch.linspace(0, len(flat) - 1, min(keep, len(flat))).long()].float())
 
     hooks = [
-        _linear(model, name).register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
+        _linear(model, name).register_forward_pre_hook(
+            lambda module, args, name=name: note(name, args[0], len(args[0]))
+        )
         for name in schemes
     ]
     try:
-        yield statistics, extremes
+        yield statistics, rows
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,10 +198,10 @@ def _round(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     schemes: Mapping[str, Scheme],
-    seen: tuple[dict[str, Statistics], dict[str, Limits]],
+    seen: tuple[dict[str, Statistics], dict[str, list[Tensor]]],
 ) -> dict[str, LearnedLinear]:
     """Make the model round as its schemes say, in place; the linears that learn how, by name."""
-    statistics, extremes = seen
+    statistics, rows = seen
     learned = {}
     for name, scheme in schemes.items():
         linear, dtype = _linear(model, name), checkpoint.dtype(f"{name}.weight")
@@ -208,31 +210,33 @@ def _round(
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, learned[name])
         else:
-            _fix(linear, scheme, dtype, extremes[name])
+            _fix(linear, scheme, dtype, torch.cat(rows[name]))
     return learned
 
 
 def _learned(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, seen: Statistics) -> LearnedLinear:
     extremes = Limits(seen.low.min().item(), seen.high.max().item())
-    start = extremes
-    if scheme.inputs is not None:
-        grid, rows = scheme.inputs, seen.rows
-        candidates = [qvlm.limits_at(rows, percentile) for percentile in qvlm.PERCENTILES]
-        start = min(candidates, key=lambda limits: (round_input(rows, grid, limits) - rows).square().sum().item())
+    start = _best(seen.rows, scheme.inputs) if scheme.inputs else extremes
     runs = scheme.rows or (slice(0, len(linear.weight)),)
     clips = [awq.clip(linear.weight[rows], seen, scheme.grid, dtype) for rows in runs]
     return LearnedLinear(linear, scheme, dtype, extremes, start, clips)
 
 
 @torch.no_grad()
-def _fix(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, extremes: Limits) -> None:
+def _fix(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, rows: Tensor) -> None:
     """Round a linear for good: its weight to nearest, its input whenever it comes, through which gradients pass."""
-    for rows in scheme.rows or (slice(0, len(linear.weight)),):
-        linear.weight[rows] = round_trip(linear.weight[rows], scheme.grid, dtype)
+    for part in scheme.rows or (slice(0, len(linear.weight)),):
+        linear.weight[part] = round_trip(linear.weight[part], scheme.grid, dtype)
     grid = scheme.inputs
     if grid is not None:
-        limits = extremes if grid.group == TENSOR else None
+        limits = _best(rows, grid)
         linear.register_forward_pre_hook(lambda module, args: (round_through(args[0], grid, limits), *args[1:]))
+
+
+def _best(rows: Tensor, grid: Grid) -> Limits:
+    """The limits of the percentile that rounds rows of an input (k, in) with the least squared error."""
+    candidates = [qvlm.limits_at(rows, percentile) for percentile in qvlm.PERCENTILES]
+    return min(candidates, key=lambda limits: (round_input(rows, grid, limits) - rows).square().sum().item())
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
