@@ -182,9 +182,7 @@ def _watching(
         rows[name].append(flat[torch.linspace(0, len(flat) - 1, min(keep, len(flat))).long()].float())
 
     hooks = [
-        _linear(model, name).register_forward_pre_hook(
-            lambda module, args, name=name: note(name, args[0], len(args[0]))
-        )
+        _linear(model, name).register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
         for name in schemes
     ]
     try:
