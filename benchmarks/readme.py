@@ -109,12 +109,55 @@ def outliers() -> str:
     return "\n".join(lines)
 
 
+# (method, bits of weights, bits of inputs, granularity) of the rows shown; results/methods.md has them all
+SHOWN = (
+    ("reference", 16, 16, "-"),
+    *((method, 4, 16, "g64") for method in ("rtn", "awq", "gptq", "awq+gptq")),
+    *((method, 3, 16, "g64") for method in ("rtn", "awq", "gptq", "awq+gptq")),
+    *((method, 2, 16, "g64") for method in ("rtn", "awq", "gptq", "gptaq", "awq+gptq")),
+    *((method, 8, 8, "tensor") for method in ("rtn", "smoothquant")),
+    *((method, 4, 4, "g64") for method in ("rtn", "smoothquant", "awq+smoothquant", "rotate+gptq", "rotate+awq+gptq")),
+)
+
+
+def methods() -> str:
+    found, machine = results("methods")
+    models = [(name, variant) for name in ("blip2-mini", "llava-mini") for variant in ("plain", "outliers")]
+    lines = [
+        "Every method at the same budgets, all components: accuracy in % of 2000 questions, and the divergence (KL, nats) of the "
+        f"first token from the reference's, means over up to three seeds ({machine['processor']}; `python benchmarks/methods.py`; "
+        "[all rows, intervals and verdicts](benchmarks/results/methods.md)).",
+        "",
+        "| method | W | A | granularity | " + " | ".join(f"{name}, {variant}" for name, variant in models) + " |",
+        "|---|---|---|---|" + "---|" * len(models),
+    ]
+    for method, weights, inputs, granularity in SHOWN:
+        cells = []
+        for name, variant in models:
+            same = [
+                row
+                for row in found
+                if (row["checkpoint"], row["variant"], row["components"])
+                == (name, variant, "-" if weights == 16 else "all")
+                and (row["method"], row["weights"], row["inputs"], row["granularity"])
+                == (method, weights, inputs, granularity)
+                and "accuracy" in row
+            ]
+            means = (
+                [sum(row[figure] for row in same) / len(same) for figure in ("accuracy", "divergence")] if same else []
+            )
+            cells.append(f"{means[0]:.1f} ({means[1]:.4f})" if means else "")
+        lines.append(f"| {method} | {weights} | {inputs} | {granularity} | {' | '.join(cells)} |")
+    picture = "![Accuracy against bits per weight, by method](docs/methods.png)"
+    return "\n".join([*lines, "", picture])
+
+
 def main() -> None:
     text = README.read_text()
     before, rest = text.split(START)
     after = rest.split(END)[1]
     picture = "![Scenes, questions, and what the 16-bit and the 4-bit model answer](docs/answers.png)"
-    README.write_text(f"{before}{START}{exports()}\n\n{picture}\n\n{outliers()}\n{END}{after}")
+    README.write_text(f"{before}{START}{exports()}\n\n{picture}\n\n{methods()}\n\n{outliers()}\n{END}{after}")
 
 
 if __name__ == "__main__":
