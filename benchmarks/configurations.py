@@ -24,7 +24,7 @@ VARIED: dict[str, dict[str, Any]] = {  # all components only
     "awq by block": {"method": "awq", "options": {"awq_loss": "block"}},
     "gptq weighted": {"method": "gptq", "options": {"token_weights": "modality"}},
 }
-VARIED_BITS = {"gptaq": (4, 3, 2), "awq+gptq": (4, 3, 2), "awq by block": (4, 3, 2), "gptq weighted": (3,)}
+VARIED_BITS = {"gptaq": (4, 3, 2), "awq+gptq": (4, 3, 2), "awq by block": (3,), "gptq weighted": (3,)}
 WITH_INPUTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "smoothquant": {"method": "smoothquant"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import common
 import plot
 from cells import Cell, Cells, read
-from configurations import CHECKPOINTS, FULL, REFERENCE, VARIANTS, Configuration, rows
+from configurations import CHECKPOINTS, FULL, REFERENCE, VARIANTS, VARIED_BITS, Configuration, rows
 from verdicts import findings, said
 
 from vlmq.exporter.evaluation.statistics import LEVEL
@@ -74,7 +74,7 @@ def _losses(cells: Cells) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for checkpoint in CHECKPOINTS:
         for variant in VARIANTS:
-            for bits in (4, 3, 2):
+            for bits in VARIED_BITS["awq by block"]:
                 pair = [
                     cells.get(checkpoint, variant, Configuration(method, bits, FULL, "g64", "all"))
                     for method in ("awq", "awq by block")
