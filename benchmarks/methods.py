@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--list", action="store_true", help="name the rows that are left, and end")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the workers end too
     if options.fresh:
         MEASURED.unlink(missing_ok=True)
     wanted = [row for row in unmeasured(rows()) if options.only.search(str(row))]

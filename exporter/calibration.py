@@ -172,10 +172,15 @@ class Wanted:
 
 @torch.no_grad()
 def gather(
-    block: Block, model: nn.Module, calls: Collection[Call], wanted: Sequence[Wanted] | None = None
+    block: Block,
+    model: nn.Module,
+    calls: Collection[Call],
+    wanted: Sequence[Wanted] | None = None,
+    all_outputs: bool = False,
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Run a full-precision block on every batch: the statistics of each of its distinct inputs, and its outputs.
 
+    Outputs are those of the first batch, or of all.
     Where the full-precision model runs alongside, its calls move on to the next block.
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
@@ -191,10 +196,12 @@ def gather(
         )
         for index, entry in enumerate(block.inputs)
     ]
-    outputs = []
+    outputs: list[Tensor] = []
     try:
         for call in calls:
-            outputs.append(call.run(module))
+            output = call.run(module)
+            if all_outputs or not outputs:
+                outputs.append(output)
             inputs = dict(read)
             references: dict[int, Tensor] = {}
             if call.reference:

@@ -5,6 +5,8 @@ that ranges learn from what lies beyond them as well as from what is rounded wit
 1902.08153). The values are those of `kernels/grid.py`, bit for bit.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,20 @@ from vlmq.exporter.scheme import Scheme
 from vlmq.kernels.grid import TENSOR, Grid, Limits, between, round_input
 
 NARROWEST = 0.1  # of the range that was seen
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was learned of one site.
+
+    limits: of its input (None: it is not rounded). clip: the factor of the range of each group of its weight
+    (out, groups) float32, as `kernels.grid.fit` takes it; 1 for rows that are not rounded. scale: what was folded
+    before its input (in,) before anything was learned; None: nothing.
+    """
+
+    limits: Limits | None
+    clip: Tensor
+    scale: Tensor | None = None
 
 
 def straight(value: Tensor, rounded: Tensor) -> Tensor:

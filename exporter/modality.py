@@ -1,7 +1,9 @@
 """Modality weights: how much an error in a vision token matters to the loss, measured in errors of a text token.
 
 MBQ (arXiv 2412.19509, section 3): to first order an error in a block's output y changes the loss L by |dL/dy| times
-the error, so the errors of vision and text tokens are weighed by the mean |dL/dy| of each.
+the error, so the errors of vision and text tokens are weighed by the mean |dL/dy| of each. The Gram matrix holds
+squared errors, which the ratio weighs as it is; MBQ's code weighs absolute ones, with a ratio for attention and one for
+the MLP.
 
 The loss here is the cross-entropy of the text after the image: question and answer where a sample has both, for
 calibration samples do not say where the answer begins. The first token after the image is not among its targets: it is
@@ -52,6 +54,8 @@ def weights(checkpoint: Checkpoint, batches: Sequence[Inputs]) -> dict[str, floa
             text[index] += sizes[~places].sum()
         vision_count += int(places.sum())
         text_count += int((~places).sum())
+    if not bool((text > 0).all()):
+        raise VlmqError("token_weights: no sample has text after its image to compare with; add some, or choose none")
     ratios = (vision / vision_count) / (text / text_count)
     return dict(zip(names, ratios.tolist(), strict=True))
 

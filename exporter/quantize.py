@@ -15,12 +15,11 @@ from vlmq.exporter import crosslayer, ends, modality, vision_tuning
 from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.methods.registry import METHODS
+from vlmq.exporter.methods.registry import METHODS, is_calibrated
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.rounding import InputRounding
-from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.solving import Given, QuantizedBlock, solve_block
+from vlmq.exporter.solving import Given, QuantizedBlock, is_asymmetric, solve_block
 from vlmq.exporter.walk import Block, Walk
 
 
@@ -45,8 +44,10 @@ def quantize(
             done += 1
             continue
         calls = calibration.calls(stage) if calibration else {}
-        quantized = any(site.name in assignment.schemes for block in stage for site in block.sites)
-        if calibration and not calls and quantized:
+        schemes = [
+            assignment.schemes[site.name] for block in stage for site in block.sites if site.name in given.schemes
+        ]
+        if calibration and not calls and any(is_calibrated(scheme) for scheme in schemes):
             what = stage[0].component
             raise VlmqError(
                 f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16"
@@ -63,7 +64,7 @@ def quantize(
 
 def needs_reference(assignment: Assignment) -> bool:
     """Whether the full-precision model must run alongside: some method aims at what it puts out."""
-    return any(scheme.options.gptaq or METHODS[scheme.method].percentiles for scheme in assignment.schemes.values())
+    return any(is_asymmetric(scheme) or METHODS[scheme.method].percentiles for scheme in assignment.schemes.values())
 
 
 def _prepared(given: Given, walk: Walk, calibration: Calibration) -> Given:
@@ -72,14 +73,9 @@ def _prepared(given: Given, walk: Walk, calibration: Calibration) -> Given:
     if any(scheme.options.token_weights == "modality" for scheme in given.schemes.values()):
         weights = modality.floored(modality.weights(given.checkpoint, calibration.batches))
     searched = {site.name: given.schemes.get(site.name) for site in walk.sites if site.component == "vision"}
-    if any(scheme and _is_tuned(scheme) for scheme in searched.values()):
-        with torch.enable_grad():
-            tuned = vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes)
+    if any(vision_tuning.is_tuned(scheme) for scheme in searched.values()):
+        tuned = vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes)
     return replace(given, vision_weights=weights, tuned=tuned)
-
-
-def _is_tuned(scheme: Scheme) -> bool:
-    return METHODS[scheme.method].percentiles and scheme.options.vision_tuning and scheme.inputs is not None
 
 
 def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tuple[Block, ...]]:

@@ -3,7 +3,7 @@
 The block comes with its full-precision weights and leaves with the quantized ones.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from vlmq.exporter import folds
 from vlmq.exporter.calibration import Call, Wanted, gather
 from vlmq.exporter.checkpoint import Checkpoint
-from vlmq.exporter.methods.problem import Problem
+from vlmq.exporter.learned_rounding import Tuned
+from vlmq.exporter.methods import gptq
+from vlmq.exporter.methods.problem import Problem, Trial
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.methods.rounded import limits_of
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics, output_loss
-from vlmq.exporter.vision_tuning import Tuned
 from vlmq.exporter.walk import Block, Input
 from vlmq.kernels.grid import TENSOR, Grid, Limits, QuantizedWeight, round_trip, to_grid
 
@@ -82,7 +83,8 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
     outputs: list[Tensor] = []
     if calls:
         wanted = [_wanted(entry, block, given) for entry in block.inputs]
-        statistics[:], outputs = gather(block, model, calls, wanted)
+        sought = [schemes[site.name].options.awq_loss for site in block.sites if site.name in schemes]
+        statistics[:], outputs = gather(block, model, calls, wanted, all_outputs="block" in sought)
 
     folded: dict[str, bool] = {}
     for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
@@ -112,9 +114,14 @@ def _wanted(entry: Input, block: Block, given: Given) -> Wanted:
     weighted = any(scheme.options.token_weights == "modality" for scheme in schemes)
     return Wanted(
         rows=any(scheme.inputs is not None for scheme in schemes),
-        cross=any(scheme.options.gptaq for scheme in schemes),
+        cross=any(is_asymmetric(scheme) for scheme in schemes),
         vision_weight=given.vision_weights.get(block.name, 1.0) if weighted else 1.0,
     )
+
+
+def is_asymmetric(scheme: Scheme) -> bool:
+    """Whether its method aims at what the full-precision model puts out."""
+    return METHODS[scheme.method].solve is gptq.solve and scheme.options.gptaq
 
 
 def _is_searched(name: str, given: Given) -> bool:
@@ -125,22 +132,35 @@ def _is_searched(name: str, given: Given) -> bool:
 
 def _rescale(entry: Input, given: Given, seen: Statistics | None, block_error: Callable[[], float]) -> Tensor | None:
     """The scale to fold before an input; None where there is nowhere to fold it, or no method that wants one."""
-    names = [site.name for site in entry.sites if site.name in given.schemes]
-    if entry.source is None or seen is None or not names:
+    tuned = [given.tuned[site.name] for site in entry.sites if site.name in given.tuned]
+    if tuned:
+        return tuned[0].scale  # the ranges were learned of what it leaves
+    if seen is None:
         return None
-    rescale = METHODS[given.schemes[names[0]].method].rescale
-    if rescale is None:
-        return None
-    schemes = [given.schemes[name] for name in names]
 
     def trial(scale: Tensor) -> float:
-        with _as_if_scaled(names, given, scale):
+        with _as_if_scaled([site.name for site in entry.sites if site.name in given.schemes], given, scale):
             return block_error()
 
+    return choose_scale(entry, given, seen, trial)
+
+
+def choose_scale(entry: Input, given: Given, seen: Statistics, trial: Trial) -> Tensor | None:
+    """The scale (in,) that the methods of the linears that read an input agree on; None: none is wanted, or best.
+
+    All that are quantized count, if one of them asks.
+    """
+    names = [site.name for site in entry.sites if site.name in given.schemes]
+    rescales = [METHODS[given.schemes[name].method].rescale for name in names]
+    asked = next((place for place, rescale in enumerate(rescales) if rescale), None)
+    if entry.source is None or asked is None:
+        return None
+    names = [names[asked], *names[:asked], *names[asked + 1 :]]
     weights = [
         torch.cat([given.model.get_parameter(f"{name}.weight")[rows] for rows in _rows(given, name)]) for name in names
     ]
-    scale = rescale(Problem(weights, schemes, seen, _dtype(given, names[0]), trial))
+    problem = Problem(weights, [given.schemes[name] for name in names], seen, _dtype(given, names[0]), trial)
+    scale = rescales[asked](problem)  # type: ignore[misc]   # the one that is there
     return None if bool((scale == 1).all()) else scale
 
 
@@ -150,7 +170,7 @@ def _block_error(module: nn.Module, calls: Iterable[Call], outputs: Iterable[Ten
 
 
 @contextmanager
-def _as_if_scaled(names: list[str], given: Given, scale: Tensor):  # type: ignore[no-untyped-def]
+def _as_if_scaled(names: list[str], given: Given, scale: Tensor) -> Iterator[None]:
     """The weights as they act when scaled, rounded and divided again: the input may then stay as it is."""
     parameters = [given.model.get_parameter(f"{name}.weight") for name in names]
     kept = [parameter.clone() for parameter in parameters]

@@ -58,7 +58,7 @@ class Statistics:
         if self.cross is not None and reference is not None:
             self.cross.addmm_((reference.detach().reshape_as(rows).float() - rows).T, weighted)
         if keep:
-            chosen = torch.linspace(0, len(rows) - 1, min(keep, len(rows)), device=rows.device).long()
+            chosen = evenly(len(rows), keep).to(rows.device)
             self.rows = torch.cat([self.rows, rows[chosen]])
             self.row_weights = torch.cat([self.row_weights, weight[chosen]])
 
@@ -83,6 +83,12 @@ class Statistics:
             rows=self.rows / scale,
             cross=None if self.cross is None else self.cross / outer,
         )
+
+
+def evenly(count: int, keep: int) -> Tensor:
+    """Indices of at most `keep` of `count` rows: the middles of equal runs. A prompt's first token is like no other."""
+    keep = min(keep, count)
+    return ((torch.arange(keep) + 0.5) * (count / max(keep, 1))).long()
 
 
 def output_loss(error: Tensor, gram: Tensor) -> Tensor:

@@ -9,20 +9,22 @@ stay at their percentiles meanwhile, their weights rounded to nearest.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmq.exporter import folds
 from vlmq.exporter.calibration import Inputs, vision_tokens
 from vlmq.exporter.checkpoint import Checkpoint
-from vlmq.exporter.learned_rounding import LearnedLinear, round_through
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.learned_rounding import LearnedLinear, Tuned, round_through
 from vlmq.exporter.methods import awq, qvlm
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.solving import Given, choose_scale
+from vlmq.exporter.statistics import Statistics, evenly
 from vlmq.exporter.vision_loss import Loss, Target, Weights, levels_of, observe, shares_of, target_of
 from vlmq.exporter.walk import Walk, walk
 from vlmq.kernels.grid import Grid, Limits, round_input, round_trip
@@ -33,18 +35,6 @@ RATE = 0.01
 ROWS = 1024  # of an input, by which its first percentile is chosen
 
 Batch = list[Inputs]  # of a few lengths; the pairs of one length run together
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What was learned of one site.
-
-    limits: of its input (None: it is not rounded). clip: the factor of the range of each group of its weight
-    (out, groups) float32, as `kernels.grid.fit` takes it; 1 for rows that are not rounded.
-    """
-
-    limits: Limits | None
-    clip: Tensor
 
 
 @torch.enable_grad()
@@ -59,22 +49,23 @@ def tune(
     The whole model is in memory, float32. That epoch counts, the beginning among them, which has the lowest loss on
     pairs that were not learned from. Samples without an image are left out; {} where there is nothing to learn.
     """
-    model = checkpoint.model().requires_grad_(False)
-    plan = walk(model, checkpoint.family)
-    names = [site.name for site in plan.sites if site.component == "vision" and _is_tuned(schemes.get(site.name))]
+    plan = walk(checkpoint.skeleton(), checkpoint.family)
+    names = [site.name for site in plan.sites if site.component == "vision" and is_tuned(schemes.get(site.name))]
     learning, held_out = split(batches)
     if not names or not learning:
         return {}
+    model = checkpoint.model().requires_grad_(False)
     mark = _answer_mark(checkpoint)
     with _watching(model, names, schemes) as seen:
         targets = [_targets(model, plan, batch, mark) for batch in learning]
     tests = [target for batch in held_out for target in _targets(model, plan, batch, mark)]
+    scales = _fold(plan, Given(checkpoint, model, schemes), seen[0])
     learned = _round(checkpoint, model, schemes, seen)
     every = [target for batch in targets for target in batch]
     levels = levels_of(every, (schemes[names[0]].inputs or schemes[names[0]].grid).bits)
     loss = Loss(weights, levels, shares_of(model, plan, every))
     learn(list(learned.values()), targets, tests, lambda target: loss(observe(model, plan, target.inputs), target))
-    return {name: Tuned(linear.limits, linear.clip) for name, linear in learned.items()}
+    return {name: Tuned(linear.limits, linear.clip, scales.get(name)) for name, linear in learned.items()}
 
 
 def learn(
@@ -147,7 +138,8 @@ def _stacked(pairs: list[Inputs]) -> Batch:
     return [{key: torch.cat([pair[key] for pair in group]) for key in group[0]} for group in same]
 
 
-def _is_tuned(scheme: Scheme | None) -> bool:
+def is_tuned(scheme: Scheme | None) -> bool:
+    """Whether the ranges of a site with this scheme (None: it is not quantized) are tuned."""
     return scheme is not None and METHODS[scheme.method].percentiles and scheme.options.vision_tuning
 
 
@@ -171,7 +163,8 @@ def _watching(
 ) -> Iterator[tuple[dict[str, Statistics], dict[str, list[Tensor]]]]:
     """Statistics of what the named linears read while the model runs, and rows of what the others do."""
     statistics = {name: Statistics.empty(_linear(model, name).in_features) for name in names}
-    rows: dict[str, list[Tensor]] = {name: [] for name in schemes if name not in statistics}
+    linears = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]  # an embedding reads ids
+    rows: dict[str, list[Tensor]] = {name: [] for name in linears if name not in statistics}
 
     def note(name: str, x: Tensor) -> None:
         keep = ROWS * BATCH // PAIRS
@@ -179,17 +172,35 @@ def _watching(
             statistics[name].add(x, keep=keep)
             return
         flat = x.reshape(-1, x.shape[-1])
-        rows[name].append(flat[torch.linspace(0, len(flat) - 1, min(keep, len(flat))).long()].float())
+        rows[name].append(flat[evenly(len(flat), keep)].float())
 
     hooks = [
         _linear(model, name).register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
-        for name in schemes
+        for name in linears
     ]
     try:
         yield statistics, rows
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def _fold(plan: Walk, given: Given, statistics: dict[str, Statistics]) -> dict[str, Tensor]:
+    """Fold what the methods fold before the tuned inputs, so that ranges are learned of what will be read: by site."""
+    scales: dict[str, Tensor] = {}
+    for entry in (entry for block in plan.blocks for entry in block.inputs):
+        names = [site.name for site in entry.sites if site.name in statistics]
+        scale = choose_scale(entry, given, statistics[names[0]], _no_trial) if names else None
+        if scale is not None:
+            folds.fold(entry, scale, given.model)
+            scales |= dict.fromkeys(names, scale)
+            statistics |= {name: statistics[name].divided_by(scale) for name in names}
+    return scales
+
+
+def _no_trial(scale: Tensor) -> float:
+    raise VlmqError("awq_loss: a scale cannot be tried on a block whose ranges are tuned; set awq_loss: gram")
 
 
 def _round(
@@ -208,7 +219,7 @@ def _round(
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, learned[name])
         else:
-            _fix(linear, scheme, dtype, torch.cat(rows[name]))
+            _fix(linear, scheme, dtype, torch.cat(rows[name]) if name in rows else None)
     return learned
 
 
@@ -221,12 +232,13 @@ def _learned(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, seen: Statis
 
 
 @torch.no_grad()
-def _fix(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, rows: Tensor) -> None:
-    """Round a linear for good: its weight to nearest, its input whenever it comes, through which gradients pass."""
+def _fix(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, rows: Tensor | None) -> None:
+    """Round a linear (or an embedding, which has no rows) for good: its weight to nearest, and its input whenever it
+    comes, through which gradients pass."""
     for part in scheme.rows or (slice(0, len(linear.weight)),):
         linear.weight[part] = round_trip(linear.weight[part], scheme.grid, dtype)
     grid = scheme.inputs
-    if grid is not None:
+    if grid is not None and rows is not None:
         limits = _best(rows, grid)
         linear.register_forward_pre_hook(lambda module, args: (round_through(args[0], grid, limits), *args[1:]))
 

@@ -134,7 +134,7 @@ def test_6_a_name_that_reaches_no_linear_stops_the_walk(table, line, wrong, monk
     reads[line] = replace(reads[line], linears=families._expand(wrong))
     monkeypatch.setattr(families, table, tuple(reads))
     model = tiny.tiny("blip2-opt")
-    with pytest.raises(VlmqError, match="matches no linear|not in the table"):
+    with pytest.raises(VlmqError, match=r"matches no linear|not in the table"):
         walk(model, families.family_of(model.config))
 
 

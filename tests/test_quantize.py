@@ -3,7 +3,7 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlmq.exporter import folds
+from vlmq.exporter import ends, folds
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
@@ -11,6 +11,7 @@ from vlmq.exporter.quantize import needs_reference, quantize
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.samples import Sample
+from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import walk
 from vlmq.kernels.grid import Grid, Limits, QuantizedWeight, to_grid
 
@@ -287,3 +288,60 @@ def test_with_weighted_tokens_the_gram_matrix_counts_the_image_as_the_loss_does(
     language = [name for name in plain if "language_model" in name]
     assert all(torch.equal(plain[name].weight.codes, weighted[name].weight.codes) for name in vision)
     assert any(not torch.equal(plain[name].weight.codes, weighted[name].weight.codes) for name in language)
+
+
+def test_one_linear_that_wants_a_scale_gets_it_whatever_the_others_want(tiny_folders, random_samples):
+    """Its siblings count in the search, are folded too, and are rounded by their own methods."""
+    folder, where = tiny_folders["llava-llama"], "model.language_model.layers.0.self_attn"
+    for method, rule in (("awq", {"method": "rtn"}), ("smoothquant", {"method": "rtn", "activations": "none"})):
+        activations = PER_TOKEN if method == "smoothquant" else "none"
+        rules = [{"match": f"{where}.q_proj", **rule}]
+        blocks, _ = run(folder, "llava-llama", random_samples, method=method, activations=activations, rules=rules)
+        found = sites(blocks)
+        assert all(found[f"{where}.{name}_proj"].folded for name in "qkv")
+        assert found[f"{where}.q_proj"].scheme.inputs is None
+
+
+def test_rows_are_kept_from_all_over_an_input_and_not_its_first():
+    found = Statistics.empty(16)
+    found.add(torch.arange(100.0).unsqueeze(1).expand(100, 16), keep=4)
+    assert found.rows[:, 0].tolist() == [12, 37, 62, 87]
+    found.add(torch.zeros(2, 16), keep=4)
+    assert len(found.rows) == 6
+
+
+@torch.no_grad()
+def test_ranges_are_tuned_of_what_smoothing_leaves(tmp_path, random_samples):
+    """A vision tower with outliers: the tuned ranges must fit the inputs that the fold makes smaller."""
+    model = tiny.tiny("llava-llama")
+    for layer in model.model.vision_tower.encoder.layers:
+        for norm, readers in ((layer.layer_norm1, ("q_proj", "k_proj", "v_proj")), (layer.layer_norm2, ("fc1",))):
+            for channel in (3, 17, 40):
+                norm.weight[channel] *= 30
+                norm.bias[channel] *= 30
+                for reader in readers:
+                    owner = layer.self_attn if reader.endswith("proj") else layer.mlp
+                    owner.get_submodule(reader).weight[:, channel] /= 30
+    model.half().save_pretrained(tmp_path)
+    tiny.processor("llava-llama").save_pretrained(tmp_path)
+    errors = {}
+    for tuned in (False, True):
+        recipe = {"method": "smoothquant+qvlm", "bits": 8, "group_size": "tensor", "activations": PER_TENSOR}
+        options = {"vision_tuning": tuned, "cross_layer": False}
+        _, calibration = run(tmp_path, "llava-llama", random_samples, **recipe, options=options)
+        (_, outputs), (_, references) = calibration.played[0], calibration.reference_played[0]
+        errors[tuned] = sum((outputs[index] - references[index]).square().sum().item() for index in outputs)
+    assert errors[True] < 1.5 * errors[False]
+
+
+@pytest.mark.parametrize(("folder", "more"), [("llava-llama", {}), ("blip2-opt", {"head": {"bits": 8}})])
+def test_ranges_are_tuned_beside_a_quantized_embedding(folder, more, tiny_folders, random_samples):
+    checkpoint = open_checkpoint(str(tiny_folders[folder]))
+    model = checkpoint.skeleton()
+    content = {"method": "qvlm", "bits": 8, "group_size": 32, "activations": PER_TOKEN, "embedding": {"bits": 8}}
+    recipe = make_recipe({**content, **more} if not more else {**content, "head": {"method": "rtn", "bits": 8}})
+    plan = ends.plan(checkpoint, model, recipe)
+    assignment = recipe.assign(plan)
+    batches = prepare(random_samples, tiny.processor(folder), checkpoint.family)
+    blocks = list(quantize(checkpoint, model, plan, assignment, Calibration(model, batches, True)))
+    assert any(block.block.component == "vision" and block.sites for block in blocks)

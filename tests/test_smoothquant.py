@@ -33,6 +33,10 @@ def problem(x, weights, grid, inputs, **options):
     return Problem(weights, schemes, statistics, HALF, lambda scale: 0.0)
 
 
+def loss(asked, scale):
+    return rounded_loss(asked, scale, [asked.statistics.rows @ weight.T for weight in asked.weights])
+
+
 def nearest(values, grid, rows_low, rows_high, scale_dtype):
     """float64: the nearest level of the symmetric grid between a low and a high that each value is given."""
     half = 2 ** (grid.bits - 1)
@@ -81,7 +85,7 @@ def test_with_full_migration_all_inputs_are_of_one_size(x, weights):
 @pytest.mark.parametrize("grid", [Grid(8, TENSOR), Grid(4, ROW), Grid(4, 32)])
 def test_the_loss_is_that_of_rounded_weights_on_rounded_inputs(x, weights, grid, inputs):
     scale = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
-    found = rounded_loss(problem(x, weights, grid, inputs), scale)
+    found = loss(problem(x, weights, grid, inputs), scale)
     assert found == pytest.approx(textbook_loss(x, weights, scale, grid, inputs), rel=2e-2)
 
 
@@ -100,9 +104,9 @@ def test_the_searched_strength_is_that_of_an_exhaustive_search(x, weights, input
 
 def test_group_aware_scales_err_no_more_than_awq_s_or_smoothquant_s_alone(x, weights):
     asked = problem(x, weights, Grid(4, 32), Grid(4, 32))
-    both = rounded_loss(asked, group_aware.rescale(asked))
-    assert both <= rounded_loss(asked, torch.ones(64))
-    assert both < 0.99 * rounded_loss(asked, smoothquant.rescale(replace(asked, weights=weights)))
+    both = loss(asked, group_aware.rescale(asked))
+    assert both <= loss(asked, torch.ones(64))
+    assert both < 0.99 * loss(asked, smoothquant.rescale(replace(asked, weights=weights)))
 
 
 def test_the_range_of_a_whole_tensor_is_what_calibration_saw(x):

@@ -90,16 +90,17 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
 
     Rows and columns are put in `order` (in,) first. A channel that is always 0 gets diagonal 1.
     """
-    gram = gram.double()[order][:, order]
+    backwards = order.flip(0)  # a lower factor read backwards is upper: H = M M^T, so that U = M^-1
+    gram = gram[backwards][:, backwards]
     dead = gram.diagonal() == 0
-    share = damp * gram.diagonal().mean()
+    share = damp * gram.diagonal().double().mean()
     for attempt in range(ATTEMPTS):
-        damped = gram.clone()
+        damped = gram.double()
         damped.diagonal().add_(share * 10**attempt).masked_fill_(dead, 1)
-        # The Cholesky factor of the matrix read backwards, read backwards, is upper: H = M M^T, so that U = M^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # at 11008 columns each copy is 1 GB
         if not failed:
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     raise VlmqError(
         f"the Gram matrix of an input cannot be factored, not even with damp={damp * 10 ** (ATTEMPTS - 1):g}; "

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from vlmq.exporter.methods import awq, smoothquant
 from vlmq.exporter.methods.problem import Problem
-from vlmq.exporter.methods.rounded import rounded_loss
+from vlmq.exporter.methods.rounded import best
 
 
 def rescale(problem: Problem) -> Tensor:
     """The scale s (in,) for an input, float32."""
-    first = min(
-        (awq.candidate(problem.statistics, exponent) for exponent in awq.EXPONENTS),
-        key=lambda scale: rounded_loss(problem, scale),
-    )
+    first = best(problem, (awq.candidate(problem.statistics, exponent) for exponent in awq.EXPONENTS))
     rest = replace(
         problem,
         weights=[weight * first for weight in problem.weights],

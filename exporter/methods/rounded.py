@@ -1,7 +1,9 @@
-"""The error of a linear whose weight and input are both rounded: no sum over tokens holds it, so rows are needed.
+"""The error of linears whose weights and input are both rounded: no sum over tokens holds it, so rows are needed.
 
 sum_t w_t || Q(W diag(s)) Q(x_t / s) - W x_t ||^2
 """
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -10,15 +12,25 @@ from vlmq.exporter.statistics import Statistics
 from vlmq.kernels.grid import TENSOR, Grid, Limits, round_input, round_trip
 
 
-def rounded_loss(problem: Problem, scale: Tensor) -> float:
-    """The error on the kept rows, summed over the weights that read the input, for one scale (in,)."""
-    total = 0.0
-    rows = problem.statistics.rows
+def best(problem: Problem, candidates: Iterable[Tensor]) -> Tensor:
+    """The scale s (in,) with the least error on the kept rows; of equals the first."""
+    targets = [problem.statistics.rows @ weight.T for weight in problem.weights]
+    return min(candidates, key=lambda scale: rounded_loss(problem, scale, targets))
+
+
+def rounded_loss(problem: Problem, scale: Tensor, targets: Iterable[Tensor]) -> float:
+    """The error on the kept rows, summed over the weights that read the input, for one scale (in,).
+
+    targets: what each weight makes of the rows, (k, out).
+    """
     scaled = problem.statistics.divided_by(scale)
-    for weight, scheme in zip(problem.weights, problem.schemes, strict=True):
-        assert scheme.inputs is not None  # the recipe refuses these methods without an activation grid
-        inputs = round_input(scaled.rows, scheme.inputs, limits_of(scaled, scheme.inputs))
-        error = inputs @ round_trip(weight * scale, scheme.grid, problem.dtype).T - rows @ weight.T
+    rounded: dict[Grid | None, Tensor] = {None: scaled.rows}
+    total = 0.0
+    for weight, scheme, target in zip(problem.weights, problem.schemes, targets, strict=True):
+        grid = scheme.inputs
+        if grid is not None and grid not in rounded:
+            rounded[grid] = round_input(scaled.rows, grid, limits_of(scaled, grid))
+        error = rounded[grid] @ round_trip(weight * scale, scheme.grid, problem.dtype).T - target
         total += (error.square().sum(1) * scaled.row_weights).sum().item()
     return total
 

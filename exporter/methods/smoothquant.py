@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmq.exporter.methods.problem import Problem
-from vlmq.exporter.methods.rounded import rounded_loss
+from vlmq.exporter.methods.rounded import best
 from vlmq.exporter.statistics import Statistics
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -24,7 +24,7 @@ def rescale(problem: Problem) -> Tensor:
         return smooth(problem.statistics, problem.weights, fixed)
     candidates = [torch.ones_like(problem.statistics.absolute)]
     candidates += [smooth(problem.statistics, problem.weights, alpha) for alpha in ALPHAS]
-    return min(candidates, key=lambda scale: rounded_loss(problem, scale))
+    return best(problem, candidates)
 
 
 def smooth(statistics: Statistics, weights: list[Tensor], alpha: float) -> Tensor:
