@@ -45,7 +45,8 @@ Data = Annotated[
     str | None, typer.Option(help="Samples to verify on: VQAv2 or COCO files, a .jsonl, a folder of images.")
 ]
 MaxDrop = Annotated[
-    float | None, typer.Option(help="Points of accuracy that may be lost; exit 1 beyond.  [default: 2 from 4 bits on]")
+    float | None,
+    typer.Option(help="Points of accuracy that may be lost; else exit 1.  \\[default: 2 from 4 bits on]"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
@@ -60,34 +61,34 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         method: Annotated[
             str | None,
             typer.Option(
-                help="uniform, rtn, awq, gptq, smoothquant, qvlm, awq+smoothquant, awq+gptq or smoothquant+gptq.  "
-                "[default: awq]"
+                help="uniform, rtn, awq, gptq, smoothquant, qvlm, awq+smoothquant, awq+gptq, smoothquant+gptq, "
+                "awq+smoothquant+gptq or smoothquant+qvlm.  \\[default: awq]"
             ),
         ] = None,
-        bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8, or 16 to leave alone.  [default: 4]")] = None,
+        bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8; 16 leaves alone.  \\[default: 4]")] = None,
         group_size: Annotated[
-            str | None, typer.Option(help="Columns that share a scale, 16 to 256, or row, or tensor.  [default: 128]")
+            str | None, typer.Option(help="Columns that share a scale, 16 to 256, or row, or tensor.  \\[default: 128]")
         ] = None,
         symmetric: Annotated[
             bool | None,
-            typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  [default: symmetric]"),
+            typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  \\[default: symmetric]"),
         ] = None,
         activation_bits: Annotated[
-            str | None, typer.Option(help="Bits that inputs are rounded to: 4, 6, 8 or none.  [default: none]")
+            str | None, typer.Option(help="Bits that inputs are rounded to: 4, 6, 8 or none.  \\[default: none]")
         ] = None,
         activation_group: Annotated[
             str | None,
-            typer.Option(help="What of an input shares a scale: token, tensor, or columns.  [default: token]"),
+            typer.Option(help="What of an input shares a scale: token, tensor, or columns.  \\[default: token]"),
         ] = None,
         option: Annotated[
             list[str] | None, typer.Option(help="KEY=VALUE of a method, such as damp=0.05; may be repeated.")
         ] = None,
         indivisible: Annotated[
             str | None,
-            typer.Option(help="Columns that groups do not divide: refuse, or shrink the group.  [default: refuse]"),
+            typer.Option(help="Columns that groups do not divide: refuse, or shrink the group.  \\[default: refuse]"),
         ] = None,
         qkv: Annotated[
-            str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  [default: fused]")
+            str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  \\[default: fused]")
         ] = None,
         rotate: Annotated[
             list[str] | None, typer.Option(help="Rotate a residual stream: language or vision; may be repeated.")
@@ -145,7 +146,7 @@ def export(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write.  [default: MODEL-METHOD-wBITS]")
+        Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: MODEL-METHOD-wBITS]")
     ] = None,
     format: Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")] = "both",
     accuracy_level: Annotated[
@@ -153,7 +154,7 @@ def export(
     ] = "0",
     calibration: Annotated[
         str | None,
-        typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  [default: the demo's; flickr30k]"),
+        typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  \\[default: the demo's; flickr30k]"),
     ] = None,
     samples: Annotated[int, typer.Option(help="How many samples to calibrate on.")] = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
@@ -171,7 +172,8 @@ def export(
     from vlmq.exporter.pipeline import export as run_export
 
     inputs = recipe.activations.grid
-    bits = f"w{recipe.bits}a{inputs.bits}" if inputs else f"w{recipe.bits}"
+    said = {place.bits or recipe.bits for place in (recipe, *recipe.components.values(), *recipe.rules)} - {16}
+    bits = f"w{'-'.join(map(str, sorted(said)))}" + (f"a{inputs.bits}" if inputs else "")
     name = output or Path(f"{Path(model).resolve().name}-{recipe.method}-{bits}")
     request = Request(
         model=model,
@@ -197,11 +199,13 @@ def export(
         from vlmq.formats.manifest import sizes
 
         found = sizes(done.manifest)
-        typer.echo(
-            f"{done.folder}: {len(done.manifest.tensors)} linears quantized, {found.linears_ratio:.2f} x smaller "
-            f"than fp16 with scales ({found.bits_per_weight:.2f} bits per weight); "
-            f"all weights {found.files_ratio:.2f} x"
+        smaller = (  # graphs have a layout of their own
+            f", {found.linears_ratio:.2f} x smaller than fp16 with scales "
+            f"({found.bits_per_weight:.2f} bits per weight); all weights {found.files_ratio:.2f} x"
+            if found.files
+            else ""
         )
+        typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
         if done.note:
             typer.echo(f"note: {done.note}")
     if done.verdict:
@@ -232,7 +236,7 @@ def run(
     image: Annotated[Path, typer.Option(help="The picture.")],
     prompt: Annotated[str | None, typer.Option(help="A question about it; without one, it is described.")] = None,
     engine: Annotated[
-        Literal["onnx", "torch"] | None, typer.Option(help="[default: onnx where the folder has it]")
+        Literal["onnx", "torch"] | None, typer.Option(help="\\[default: onnx where the folder has it]")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 30,
     raw: Annotated[
@@ -313,7 +317,13 @@ def _laid_over(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]
 
 
 def _activations(bits: str | None, group: str | None) -> str | dict[str, Any]:
-    return "none" if bits == "none" else {"bits": bits, "group_size": group}
+    from vlmq.exporter.errors import VlmqError
+
+    if bits != "none":
+        return {"bits": bits, "group_size": group}
+    if group is not None:
+        raise VlmqError(f"--activation-group {group}: --activation-bits none rounds no inputs; leave one of them out")
+    return bits
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -331,6 +341,8 @@ def _options(given: list[str]) -> dict[str, Any]:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise VlmqError(f"--option {text}: not a YAML value; write KEY=VALUE, such as damp=0.05") from error
+        if options[key] is None:
+            raise VlmqError(f"--option {text}: no value; write KEY=VALUE, or take {key} out of the recipe file")
     return options
 
 
@@ -386,7 +398,7 @@ def _print_tree(found: "Inspection") -> None:
 
     tree = Tree(
         f"[bold]{found.model}[/] ({found.family}): {found.parameters / 1e6:,.1f} M parameters, "
-        f"{megabytes(found.before, found.after)}"
+        f"{megabytes(found.before, found.after)}{', rotated: ' + ', '.join(found.rotated) if found.rotated else ''}"
     )
     for component, blocks in found.components.items():
         total = megabytes(sum(entry.before for entry in blocks), sum(entry.after for entry in blocks))

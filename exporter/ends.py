@@ -73,10 +73,10 @@ def _refuse_unlike(ends: Ends, recipe: Recipe, head: bool, embedding: bool) -> N
     if not embedding or recipe.head is None or recipe.embedding is None:
         return
     said = recipe.head
-    if (said.method or "rtn") != "rtn" or said.activations is not None:
+    if (said.method or "rtn") != "rtn" or said.activations is not None or said.options is not None:
         raise VlmqError(
             f"{ends.head}: tied to the token embedding, which is rounded to nearest before anything is calibrated; "
-            "leave method and activations of head out"
+            "leave method, activations and options of head out"
         )
     differing = [
         key

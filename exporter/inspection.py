@@ -9,6 +9,7 @@ from vlmq.exporter import ends
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.families import COMPONENTS
 from vlmq.exporter.recipe import Assignment, Recipe
+from vlmq.exporter.rotation import rotate
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.walk import Block, Site
 from vlmq.formats import compressed_tensors
@@ -53,7 +54,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model by component, the linears that are kept and why, and the bytes of all that is no linear of a block."""
+    """A model by component, the linears that are kept and why, and the bytes of all that is no linear of a block.
+
+    rotated: the components whose streams are; a head that was tied to the embedding then counts as a tensor of its own.
+    """
 
     model: str
     family: str
@@ -61,6 +65,7 @@ class Inspection:
     kept: dict[str, str]
     parameters: int
     elsewhere: int  # bytes of embeddings, norms, biases, heads
+    rotated: tuple[str, ...] = ()
 
     @property
     def before(self) -> int:
@@ -73,13 +78,13 @@ class Inspection:
 
 def check(model: str, recipe: Recipe, revision: str | None = None) -> None:
     """VlmqError where the recipe cannot be meant for the model; its configuration is enough."""
-    checkpoint = open_checkpoint(model, revision, weights=False)
+    checkpoint = rotate(open_checkpoint(model, revision, weights=False), recipe.rotate)
     recipe.assign(ends.plan(checkpoint, checkpoint.skeleton(), recipe))
 
 
 def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspection:
     """Walk a demo, a folder (config.json is enough) or a Hub model, and apply the recipe to it on paper."""
-    checkpoint = open_checkpoint(model, revision, weights=False)
+    checkpoint = rotate(open_checkpoint(model, revision, weights=False), recipe.rotate)
     skeleton = checkpoint.skeleton()
     plan = ends.plan(checkpoint, skeleton, recipe)
     assignment = recipe.assign(plan)
@@ -90,9 +95,8 @@ def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspecti
         component: tuple(_grouped([block for block in plan.blocks if block.component == component], assignment, width))
         for component in COMPONENTS
     }
-    return Inspection(
-        model, checkpoint.family.name, components, plan.kept, parameters, (parameters - in_blocks) * width
-    )
+    elsewhere = (parameters - in_blocks) * width
+    return Inspection(model, checkpoint.family.name, components, plan.kept, parameters, elsewhere, recipe.rotate)
 
 
 def _width(checkpoint: Checkpoint) -> int:
@@ -124,7 +128,8 @@ def _linear(site: Site, block: Block, scheme: Scheme | None, kept: dict[str, str
         plan += f", inputs {_words(scheme.inputs, 'token')}"
     if scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows:
         return Linear(name, shape, before, before, f"{plan}, v alone; stored dense")
-    return Linear(name, shape, before, compressed_tensors.packed_bytes(shape, scheme.grid.stored, width), plan)
+    after = compressed_tensors.packed_bytes(shape, scheme.grid.stored, width, scheme.inputs)
+    return Linear(name, shape, before, after, plan)
 
 
 def _words(grid: Grid, row: str) -> str:

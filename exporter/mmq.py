@@ -15,7 +15,10 @@ What a file does not name stays at 16 bits. docs/recipes.md says where that code
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.settings import Rule, first_fault
 
 Content = dict[str, Any]
 
@@ -74,6 +77,8 @@ COMPONENTS: dict[str, Content] = {
 SETTINGS = {"bits": "bits", "group_size": "group_size", "use_symmetric": "symmetric"}
 OPTIONS = {"percent_dampening": "damp", "use_act_order": "act_order", "use_static_groups": "static_groups"}
 
+NAMES = {ours: name for name, ours in SETTINGS.items()} | {f"options.{ours}": name for name, ours in OPTIONS.items()}
+
 
 def is_layout(content: object) -> bool:
     """Is it one of the layouts (so far as one can tell from its outermost keys)?"""
@@ -102,14 +107,16 @@ def _uniform(entries: list[Any], where: str) -> Iterator[Content]:
             if word not in words:
                 raise VlmqError(f"{place}: {key} {word!r}; choose {', '.join(words)}")
             rule |= words[word]
-        yield rule
+        yield _checked(rule, place, {"bits": "num_bits"})
 
 
 def _awq(content: Mapping[str, Any], where: str) -> Iterator[Content]:
     for layers, bits_of in content.items():
-        _check_keys(bits_of, tuple(LAYERS[layers]), f"{where}: {layers}")
-        for kind, bits in bits_of.items():
-            yield {"match": LAYERS[layers][kind], "bits": bits}
+        place = f"{where}: {layers}"
+        _check_keys(bits_of, tuple(LAYERS[layers]), place)
+        for kind in bits_of:
+            rule = {"match": LAYERS[layers][kind], "bits": _value(bits_of, kind, place)}
+            yield _checked(rule, place, {"bits": kind})
 
 
 def _gptq(content: Mapping[str, Any], where: str) -> Iterator[Content]:
@@ -119,7 +126,18 @@ def _gptq(content: Mapping[str, Any], where: str) -> Iterator[Content]:
         _value(said, "bits", place)
         settings = {ours: said[key] for key, ours in SETTINGS.items() if key in said}
         options = {ours: said[key] for key, ours in OPTIONS.items() if key in said}
-        yield {**COMPONENTS[component], **settings, **({"options": options} if options else {})}
+        rule = {**COMPONENTS[component], **settings, **({"options": options} if options else {})}
+        yield _checked(rule, place, NAMES)
+
+
+def _checked(rule: Content, place: str, names: Mapping[str, str]) -> Content:
+    """The rule, or VlmqError for a value it cannot have, under the name (of ours) that the file has for it."""
+    try:
+        Rule.model_validate(rule)
+    except ValidationError as error:
+        key, what = first_fault(error)
+        raise VlmqError(f"{place}: {names[key]}: {what}") from error
+    return rule
 
 
 def _check_keys(entry: Any, keys: tuple[str, ...], place: str) -> None:

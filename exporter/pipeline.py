@@ -75,16 +75,16 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
     refuse_for_format(assignment, request.formats)
-    calibrated = any(is_calibrated(scheme) for scheme in assignment.schemes.values())
-    if calibrated and request.samples < 1:
+    looking = next((name for name, scheme in assignment.schemes.items() if is_calibrated(scheme)), None)
+    if looking and request.samples < 1:
         raise VlmqError(
-            f"{request.samples} samples: {request.recipe.method} needs at least one; choose a larger --samples"
+            f"{request.samples} samples: {looking} needs at least one to be calibrated; choose a larger --samples"
         )
     data = datas.choose(
         checkpoint,
         request.calibration,
         request.data,
-        request.samples if calibrated else 0,
+        request.samples if looking else 0,
         request.seed,
         request.text_only,
         request.verify,

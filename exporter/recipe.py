@@ -15,10 +15,9 @@ docs/recipes.md is the reference. Thirds of blocks are those of paper 002, secti
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from vlmq.exporter import mmq
 from vlmq.exporter.errors import VlmqError
@@ -35,9 +34,11 @@ from vlmq.exporter.settings import (
     Settings,
     Table,
     Third,
+    first_fault,
     laid_over,
 )
 from vlmq.exporter.walk import Site, Walk
+from vlmq.exporter.yaml_files import read_yaml
 from vlmq.kernels.grid import ROW, TENSOR, Grid
 
 __all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format"]
@@ -63,7 +64,7 @@ class Recipe(Settings):
     bits: Bits = 4
     group_size: GroupSize = 128
     symmetric: bool = True
-    activations: Activations = Activations(bits=FULL)
+    activations: Annotated[Activations, AfterValidator(lambda said: said.spelt_out)] = Activations(bits=FULL)
     options: Options = Options()
     indivisible: Literal["refuse", "shrink"] = "refuse"
     qkv: Qkv = "fused"
@@ -74,9 +75,11 @@ class Recipe(Settings):
     embedding: Table | None = None  # the token embedding; None: left alone
 
     def content(self) -> dict[str, Any]:
-        """Plain values that `make_recipe` reads back to this recipe, defaults spelt out."""
+        """Plain values that `make_recipe` reads back to this recipe, in full; null is what is left alone."""
         unsaid = {"group_size", "symmetric"} - self.model_fields_set if self.method == UNIFORM else set()
-        return self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
+        said = self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
+        said["options"] = self.options.model_dump(mode="json")
+        return said | {key: said.get(key) for key in ("head", "embedding")}
 
     def assign(self, walk: Walk) -> Assignment:
         """Give every site its scheme; VlmqError, before any work, for what matches nothing or cannot be."""
@@ -96,7 +99,11 @@ class Recipe(Settings):
             else:
                 schemes[site.name] = found
         if not schemes:
-            raise VlmqError("recipe: every linear is left at 16 bits; give at least one component fewer")
+            raise VlmqError(
+                "recipe: every linear is left at 16 bits, so nothing would change; give --bits 8 or fewer, or give a "
+                "component bits of its own"
+            )
+        _refuse_two_scales(walk, schemes)
         wanted = any(place.activations and place.activations.bits is None for place in self._all_settings())
         if wanted and not any(scheme.inputs for scheme in schemes.values()):
             raise VlmqError("recipe: activations without bits; give --activation-bits 8, 6 or 4")
@@ -136,7 +143,7 @@ class Recipe(Settings):
         scheme = Scheme(
             method,
             self._fitting(grid, site, "--group-size"),
-            inputs and self._fitting(inputs, site, "--activation-group"),
+            inputs and self._fitting(inputs, site, "--activation-group", "token"),
             self._rows(site),
             options,
         )
@@ -165,17 +172,18 @@ class Recipe(Settings):
             if rule.selects(site, third):
                 yield f"recipe: rules.{index}", rule
 
-    def _fitting(self, grid: Grid, site: Site, flag: str) -> Grid:
+    def _fitting(self, grid: Grid, site: Site, flag: str, row: str = "row") -> Grid:
         """The grid, or (`indivisible: shrink`) one with the widest group that divides the site's columns."""
-        try:
-            grid.width(site.columns)
-        except ValueError as error:
-            if self.indivisible == "refuse":
-                what = str(error).replace("--group-size", flag)
-                raise VlmqError(f"{site.name}: {what}, or --indivisible shrink") from error
-            widths = (width for width in WIDTHS if width < grid.group and site.columns % width == 0)
-            return Grid(grid.bits, next(widths, ROW), grid.symmetric)
-        return grid
+        if grid.group in (ROW, TENSOR) or site.columns % grid.group == 0:
+            return grid
+        widths = [width for width in WIDTHS if site.columns % width == 0]
+        if self.indivisible == "refuse":
+            choice = " or ".join(filter(None, [", ".join(map(str, reversed(widths))), row]))
+            raise VlmqError(
+                f"{site.name}: {site.columns} columns do not divide into groups of {grid.group}; choose {flag} {choice}, "
+                "or --indivisible shrink"
+            )
+        return Grid(grid.bits, next((width for width in widths if width < grid.group), ROW), grid.symmetric)
 
     def _rows(self, site: Site) -> tuple[slice, ...] | None:
         if not site.parts or self.qkv == "fused":
@@ -220,6 +228,19 @@ def _refuse_senseless(scheme: Scheme, site: Site, qkv: Qkv) -> None:
         )
 
 
+def _refuse_two_scales(walk: Walk, schemes: dict[str, Scheme]) -> None:
+    """Linears that read one input share the scale that is folded before it, so one method must choose it."""
+    for entry in (entry for block in walk.blocks for entry in block.inputs if entry.source):
+        asking = {METHODS[schemes[site.name].method].rescale: site.name for site in entry.sites if site.name in schemes}
+        asking.pop(None, None)
+        if len(asking) > 1:
+            first, second = list(asking.values())[:2]
+            raise VlmqError(
+                f"{second}: {schemes[second].method} would rescale the input it shares with {first}, which "
+                f"{schemes[first].method} rescales; give both one method"
+            )
+
+
 def refuse_for_format(assignment: Assignment, formats: Literal["safetensors", "onnx", "both"]) -> None:
     """VlmqError naming the first site whose scheme the format cannot hold."""
     if formats == "safetensors":
@@ -231,15 +252,10 @@ def refuse_for_format(assignment: Assignment, formats: Literal["safetensors", "o
 
 def read_recipe(file: Path) -> Recipe:
     """A recipe from a YAML or JSON file, ours or in a layout of mmq; VlmqError naming the file and the wrong key."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise VlmqError(f"{file}: cannot be read ({error.strerror}); name a recipe file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise VlmqError(f"{file}: not YAML ({str(error).splitlines()[0]}); see docs/recipes.md") from error
-    if mmq.is_layout(content):
+    content = read_yaml(file)
+    if file.suffix.lower() == ".json" and mmq.is_layout(content):
         content = mmq.recipe(content, str(file))
-    return make_recipe(content or {}, str(file))
+    return make_recipe({} if content is None else content, str(file))
 
 
 def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -247,9 +263,5 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            what = "unknown key; docs/recipes.md lists them"
-        raise VlmqError(f"{where}: {key + ': ' if key else ''}{what}") from error
+        place, what = first_fault(error)
+        raise VlmqError(f"{where}: {f'{place}: ' if place else ''}{what}") from error

@@ -167,7 +167,8 @@ def rotate(checkpoint: Checkpoint, components: Collection[Component], seed: int 
             )
         for stage in stages:
             assert stage.stream is not None
-            transforms = _transforms(checkpoint.places, stage, stage.stream, seed)
+            # Of a configuration alone, without tensors, only what it says changes.
+            transforms = _transforms(checkpoint.places, stage, stage.stream, seed) if checkpoint.places else {}
             checkpoint = _untied(checkpoint, stage.stream)
             checkpoint = replace(checkpoint, transforms={**checkpoint.transforms, **transforms})
     return checkpoint
@@ -249,12 +250,14 @@ def _untied(checkpoint: Checkpoint, stream: Stream) -> Checkpoint:
     if not (getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings):
         return checkpoint
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    head = f"{stream.last.linears[0]}.weight"
-    place = Place(checkpoint.places[stream.tied].file, head)  # on disk the head is named as in memory
+    places = checkpoint.places
+    if places:
+        head = f"{stream.last.linears[0]}.weight"  # on disk named as in memory
+        places = {head: Place(places[stream.tied].file, head), **places}
     return replace(
         checkpoint,
         config=config,
         family=family_of(config),
-        places={head: place, **checkpoint.places},
+        places=places,
         changes={**checkpoint.changes, **UNTIED},
     )

@@ -13,11 +13,12 @@ from pydantic import (
     ConfigDict,
     PlainSerializer,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from vlmq.exporter.families import Component, Kind
+from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.scheme import Options
 from vlmq.exporter.walk import Site
@@ -27,30 +28,33 @@ FULL = 16  # bits that mean "left alone"
 INPUT_BITS = (4, 6, 8)
 SELECTORS = ("match", "component", "blocks", "kind")
 
+
+# remedies
+OF_BITS = f"choose one of {', '.join(map(str, BITS))}, or {FULL} to leave alone"
+OF_INPUT_BITS = f"choose {', '.join(map(str, INPUT_BITS))}, or none to leave alone"
+OF_WEIGHTS = "choose a multiple of 16 from 16 to 256, or row, or tensor"
+OF_INPUTS = "choose a multiple of 16 from 16 to 256, or token, or tensor"
+
 Third = Literal["front", "middle", "end"]
+RuleKind = Literal["attention", "feedforward", "projection"]  # the head and the embedding have keys of their own
 
 
-def _known_method(name: str) -> str:
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    return name
+def _known_method(name: object) -> str:
+    if str(name) not in METHODS:
+        raise ValueError(f"unknown method {str(name)!r}; choose one of {', '.join(METHODS)}")
+    return str(name)
 
 
 def _known_bits(bits: int) -> int:
     if bits not in (*BITS, FULL):
-        raise ValueError(f"{bits} bits; choose one of {', '.join(map(str, BITS))}, or {FULL} to leave alone")
+        raise ValueError(f"{bits} bits; {OF_BITS}")
     return bits
 
 
 def _known_input_bits(bits: int) -> int:
     if bits not in (*INPUT_BITS, FULL):
-        raise ValueError(f"{bits} bits for inputs; choose {', '.join(map(str, INPUT_BITS))}, or none to leave alone")
+        raise ValueError(f"{bits} bits for inputs; {OF_INPUT_BITS}")
     return bits
-
-
-def _known_group(group: int) -> int:
-    Grid(bits=4, group=group)
-    return group
 
 
 def _pattern(text: str) -> str:
@@ -61,24 +65,42 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _worded(words: dict[str, int]) -> tuple[BeforeValidator, PlainSerializer]:
-    """Numbers that a person reads and writes as words."""
+def _worded(words: dict[str, int], remedy: str) -> tuple[BeforeValidator, PlainSerializer]:
+    """Numbers that a person reads and writes as words; the remedy is for what is neither."""
     by_number = {number: word for word, number in words.items()}
-    return (
-        BeforeValidator(lambda value: words.get(str(value), value)),
-        PlainSerializer(lambda number: by_number.get(number, number)),
-    )
+
+    def number(value: object) -> int:
+        try:
+            return words[str(value)] if str(value) in words else int(str(value))
+        except ValueError:
+            raise ValueError(f"{value!r}; {remedy}") from None
+
+    return BeforeValidator(number), PlainSerializer(lambda number: by_number.get(number, number))
 
 
-_of_weights, _weight_words = _worded({"row": ROW, "tensor": TENSOR})
-_of_inputs, _input_words = _worded({"token": ROW, "tensor": TENSOR})
+def _grouped(remedy: str) -> AfterValidator:
+    """Groups that a grid can have; the remedy is for others."""
+
+    def known(group: int) -> int:
+        try:
+            return Grid(bits=4, group=group).group
+        except ValueError:
+            raise ValueError(f"a group of {group} columns; {remedy}") from None
+
+    return AfterValidator(known)
+
+
+_bits, _ = _worded({}, OF_BITS)
+_input_bits, _input_bit_words = _worded({"none": FULL}, OF_INPUT_BITS)
+_of_weights, _weight_words = _worded({"row": ROW, "tensor": TENSOR}, OF_WEIGHTS)
+_of_inputs, _input_words = _worded({"token": ROW, "tensor": TENSOR}, OF_INPUTS)
 _said = PlainSerializer(lambda model: model.model_dump(mode="json", exclude_unset=True))
 
-MethodName = Annotated[str, AfterValidator(_known_method)]
-Bits = Annotated[int, AfterValidator(_known_bits)]
-InputBits = Annotated[int, AfterValidator(_known_input_bits)]
-GroupSize = Annotated[int, _of_weights, AfterValidator(_known_group), _weight_words]
-InputGroupSize = Annotated[int, _of_inputs, AfterValidator(_known_group), _input_words]
+MethodName = Annotated[str, BeforeValidator(_known_method)]
+Bits = Annotated[int, _bits, AfterValidator(_known_bits)]
+InputBits = Annotated[int, _input_bits, AfterValidator(_known_input_bits), _input_bit_words]
+GroupSize = Annotated[int, _of_weights, _grouped(OF_WEIGHTS), _weight_words]
+InputGroupSize = Annotated[int, _of_inputs, _grouped(OF_INPUTS), _input_words]
 
 
 class Activations(BaseModel):
@@ -95,11 +117,20 @@ class Activations(BaseModel):
     def _from_word(cls, value: Any) -> Any:
         if value == "none":
             return {"bits": FULL}
+        if not isinstance(value, dict | Activations):
+            raise ValueError(f"{value!r}; write none, or {{bits: 8, group_size: token}}")
         return {key: said for key, said in value.items() if said is not None} if isinstance(value, dict) else value
 
     @model_serializer(mode="wrap")
     def _to_word(self, dump: SerializerFunctionWrapHandler) -> Any:
         return "none" if self.bits == FULL and self.model_fields_set == {"bits"} else dump(self)
+
+    @property
+    def spelt_out(self) -> "Activations":
+        """The same with its defaults said: per token and symmetric."""
+        if self.bits == FULL:
+            return self
+        return Activations.model_validate({"group_size": ROW, "symmetric": True} | self.model_dump(exclude_unset=True))
 
     @property
     def grid(self) -> Grid | None:
@@ -138,12 +169,14 @@ class Rule(Settings):
     match: Annotated[str, AfterValidator(_pattern)] | None = None  # a regular expression found in the in-memory name
     component: Component | None = None
     blocks: Third | None = None  # of the site's stage
-    kind: Kind | None = None
+    kind: RuleKind | None = None
 
     @model_validator(mode="after")
-    def _selects(self) -> "Rule":
+    def _selects_and_changes(self) -> "Rule":
         if not self.selectors:
             raise ValueError("a rule must say what it is for; give match, component, blocks or kind")
+        if all(getattr(self, key) is None for key in Settings.model_fields):
+            raise ValueError(f"a rule must change something; give one of {', '.join(Settings.model_fields)}")
         return self
 
     @model_serializer(mode="wrap")
@@ -173,3 +206,44 @@ Changed = TypeVar("Changed", Activations, Options)
 def laid_over(base: Changed, change: Changed | None) -> Changed:
     """`base` with what `change` says laid over it, key by key."""
     return base.model_copy(update={key: getattr(change, key) for key in change.model_fields_set}) if change else base
+
+
+# pydantic's name of a fault -> what to say of it; where several kinds of value would do, what each would take is listed
+FAULTS = {
+    "extra_forbidden": "unknown key; docs/recipes.md lists them",
+    "invalid_key": "unknown key; docs/recipes.md lists them",
+    "tuple_type": "not a list; write [...]",
+    "dict_type": "no keys; write {key: value}",
+    "model_type": "no keys; write {key: value}",
+    "string_type": "no text; put it in quotes",
+}
+CHOICES = {
+    "literal_error": "{expected}",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number from {ge} up",
+    "less_than_equal": "a number up to {le}",
+}
+_PARTS_OF_TYPES = ("[key]", "constrained-float", "literal['search']")  # in pydantic's places; no person wrote them
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where the first fault is (keys joined by dots), and what it is with its remedy, in a person's words."""
+
+    def place(details: Any) -> str:
+        return ".".join(str(part) for part in details["loc"] if part not in _PARTS_OF_TYPES)
+
+    first, *others = error.errors()
+    where, kind = place(first), first["type"]
+    if first["input"] is None:
+        return where, "nothing is said; give it a value, or leave the key out"
+    if kind == "extra_forbidden" and where in COMPONENTS:
+        return where, "unknown key; components go under components: {...}"
+    if kind not in CHOICES:
+        return where, FAULTS.get(kind, first["msg"].removeprefix("Value error, "))
+    here = [first, *(other for other in others if place(other) == where and other["type"] in CHOICES)]
+    choices = [CHOICES[fault["type"]].format(**fault.get("ctx", {})) for fault in here]
+    return where, f"{first['input']!r}; choose {' or '.join(choices)}"

@@ -34,8 +34,7 @@ class Grid:
             raise ValueError(f"{self.bits} bits; choose one of {', '.join(map(str, BITS))}")
         if self.group not in (ROW, TENSOR) and not (16 <= self.group <= 256 and self.group % 16 == 0):
             raise ValueError(
-                f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, -1 for the row, "
-                "or 0 for the whole tensor"
+                f"a group of {self.group} columns; choose a multiple of 16 from 16 to 256, or row, or tensor"
             )
 
     @property

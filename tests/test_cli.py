@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from vlmq import cli
+from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
 
@@ -108,7 +110,10 @@ def bad_inputs(folder, exported, tmp_path, images):
             ("recipe", "show", folder, "--recipe", rules),
             "the rule match 'mlp.gate_proj' matches no linear",
         ),
-        "no samples": (("export", folder, *fine, "--samples", 0), "0 samples: awq needs at least one"),
+        "no samples": (
+            ("export", folder, *fine, "--samples", 0),
+            "needs at least one to be calibrated",
+        ),
         "nothing to verify on": (("verify", exported), "name the samples to verify on"),
         "exists": (("export", folder, *fine, "-o", existing), "exists already"),
         "missing image": (("export", folder, *fine, "--calibration", lines), "gone.png"),
@@ -288,3 +293,61 @@ def test_inspect_says_how_inputs_are_rounded(vlmq, tiny_folders):
     assert "fc1 128 x 64: rtn 4-bit per tensor, inputs 8-bit per token" in out
     _, out, _ = vlmq("inspect", tiny_folders["blip2-opt"], *flags, "--activation-group", 32)
     assert "inputs 8-bit g32" in out
+
+
+def test_the_help_names_every_method_and_every_default(vlmq, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = vlmq("export", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert all(method in words for method in METHODS)
+    for default in ("[default: awq]", "[default: 4]", "[default: 128]", "[default: fused]"):
+        assert default in words
+
+
+PLAIN = ("--method", "rtn", "--group-size", 32, "--no-verify")
+
+
+def test_graphs_alone_end_with_their_folder_and_no_sizes_of_what_is_not_there(vlmq, tiny_folders, tmp_path):
+    code, out, err = vlmq("export", tiny_folders["llava-llama"], *PLAIN, "--format", "onnx", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "weights quantized" in out
+    assert "smaller" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [(("--bits", "2", "--vision-bits", "8"), "w2-8"), (("--language-bits", 16), "w4")]
+)
+def test_a_folder_is_named_after_the_bits_that_are_in_it(flags, name, vlmq, tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = vlmq("export", tiny_folders["llava-llama"], *PLAIN, "--format", "safetensors", *flags)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == [f"llava-llama-rtn-{name}"]
+
+
+def test_two_methods_cannot_both_scale_one_input(vlmq, tiny_folders, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "group_size: 32\nactivations: {bits: 8}\nrules:\n- {match: 'language.*k_proj', method: smoothquant}\n"
+    )
+    code, _, err = vlmq("recipe", "show", tiny_folders["llava-llama"], "--recipe", recipe)
+    assert code == 2
+    assert "would rescale the input it shares with" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rotate", "language"),
+        ("--activation-bits", 8, "--activation-group", "tensor", "--calibration", "PICTURES", "--samples", 4),
+    ],
+)
+def test_what_is_inspected_is_what_is_exported(flags, vlmq, tiny_folders, pictures, tmp_path):
+    """The head that a rotation unties, and the scale of an input that has one range."""
+    folder = tiny_folders["blip2-opt"]
+    flags = [pictures if flag == "PICTURES" else flag for flag in flags]
+    code, _, err = vlmq("export", folder, *PLAIN, *flags, "--format", "safetensors", "-o", tmp_path / "out")
+    assert code == 0, err
+    recipe = [flag for flag in flags if flag not in ("--calibration", pictures, "--samples", 4)]
+    _, out, _ = vlmq("inspect", folder, *PLAIN[:-1], *recipe, "--json")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert json.loads(out)["after"] == sum(tensor.nbytes for tensor in tensors.values())

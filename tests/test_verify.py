@@ -29,7 +29,7 @@ def measurement(texts, engine="torch", tokens=None, **outputs):
     )
 
 
-def describe(folder, bits=(), calibration=None):
+def describe(folder, bits=(), calibration=None, recipe=None):
     """A manifest of the folder as it is, with made-up quantized tensors of so many bits."""
     tensors = {
         f"layer{place}": manifest.TensorRecord(
@@ -44,7 +44,7 @@ def describe(folder, bits=(), calibration=None):
             vlmq="0",
             source=manifest.Source(name="x", parameters=1, files={}),
             family="blip-2",
-            recipe={},
+            recipe=recipe or {},
             tensors=tensors,
             kept={},
             files=manifest.describe(folder),
@@ -120,6 +120,15 @@ def test_accuracy_agreement_cosines_sizes_and_times_are_those_of_the_two_models(
     assert verdict.export.disk == {"safetensors": 300, "onnx": 400}
     assert (verdict.bits, verdict.samples, verdict.images, verdict.max_drop) == (4, 4, 2, 2.0)
     assert verdict.ok
+
+
+@pytest.mark.parametrize(("rotated", "compared"), [("vision", "connector language"), ("language", "vision language")])
+def test_outputs_that_a_rotation_turns_are_not_compared(samples, folders, models, rotated, compared):
+    """They lie in another basis, so their cosine says nothing, and must not fail an export whose answers agree."""
+    reference, export = folders
+    describe(export, bits=(8,), recipe={"rotate": [rotated]})
+    verdict = verify.verify(export, reference, samples)
+    assert sorted(verdict.cosine["torch"]) == compared.split()
 
 
 def test_each_model_is_measured_by_itself_and_the_export_in_the_engine_it_is_meant_for(samples, folders, models):
