@@ -180,8 +180,8 @@ class Recipe(Settings):
         if self.indivisible == "refuse":
             choice = " or ".join(filter(None, [", ".join(map(str, reversed(widths))), row]))
             raise VlmqError(
-                f"{site.name}: {site.columns} columns do not divide into groups of {grid.group}; choose {flag} {choice}, "
-                "or --indivisible shrink"
+                f"{site.name}: {site.columns} columns do not divide into groups of {grid.group}; "
+                f"choose {flag} {choice}, or --indivisible shrink"
             )
         return Grid(grid.bits, next((width for width in widths if width < grid.group), ROW), grid.symmetric)
 

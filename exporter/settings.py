@@ -210,8 +210,6 @@ def laid_over(base: Changed, change: Changed | None) -> Changed:
 
 # pydantic's name of a fault -> what to say of it; where several kinds of value would do, what each would take is listed
 FAULTS = {
-    "extra_forbidden": "unknown key; docs/recipes.md lists them",
-    "invalid_key": "unknown key; docs/recipes.md lists them",
     "tuple_type": "not a list; write [...]",
     "dict_type": "no keys; write {key: value}",
     "model_type": "no keys; write {key: value}",
@@ -238,10 +236,11 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 
     first, *others = error.errors()
     where, kind = place(first), first["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        remedy = "write it under components" if where in COMPONENTS else "docs/recipes.md lists them"
+        return where, f"unknown key; {remedy}"
     if first["input"] is None:
         return where, "nothing is said; give it a value, or leave the key out"
-    if kind == "extra_forbidden" and where in COMPONENTS:
-        return where, "unknown key; components go under components: {...}"
     if kind not in CHOICES:
         return where, FAULTS.get(kind, first["msg"].removeprefix("Value error, "))
     here = [first, *(other for other in others if place(other) == where and other["type"] in CHOICES)]
