@@ -27,7 +27,8 @@ VARIED: dict[str, dict[str, Any]] = {  # all components only
 VARIED_BITS = {"gptaq": (4, 3, 2), "awq+gptq": (4, 3, 2), "awq by block": (3,), "gptq weighted": (3,)}
 WITH_INPUTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
-    "smoothquant": {"method": "smoothquant"},
+    "vanilla smoothquant": {"method": "smoothquant", "options": {"alpha": 0.5}},  # as its paper has it
+    "smoothquant": {"method": "smoothquant"},  # alpha searched with what is rounded inside the loss
     "awq+smoothquant": {"method": "awq+smoothquant"},
     "smoothquant+gptq": {"method": "smoothquant+gptq"},
     "rotate+rtn": {"method": "rtn", "rotate": ROTATE},
@@ -138,7 +139,14 @@ def _claimed(variant: str) -> Iterator[Configuration]:
     for method in ("rtn", "smoothquant", "awq+smoothquant"):
         yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token", "tensor"))
         yield Configuration(method, 8, 8, "tensor", "all")
-    for method in ("smoothquant+gptq", "rotate+rtn", "rotate+gptq", "rotate+awq+gptq", "rotate+smoothquant+gptq"):
+    for method in (
+        "vanilla smoothquant",
+        "smoothquant+gptq",
+        "rotate+rtn",
+        "rotate+gptq",
+        "rotate+awq+gptq",
+        "rotate+smoothquant+gptq",
+    ):
         yield Configuration(method, 4, 4, "g64", "all")
     # Outliers leave nothing of a model whose inputs have 4 bits and are not smoothed.
     searched = [("", "token"), ("", "tensor")] if variant == "plain" else [("smoothquant+", "token")]
