@@ -139,14 +139,8 @@ def _claimed(variant: str) -> Iterator[Configuration]:
     for method in ("rtn", "smoothquant", "awq+smoothquant"):
         yield from (Configuration(method, 4, 4, granularity, "all") for granularity in ("g64", "token", "tensor"))
         yield Configuration(method, 8, 8, "tensor", "all")
-    for method in (
-        "vanilla smoothquant",
-        "smoothquant+gptq",
-        "rotate+rtn",
-        "rotate+gptq",
-        "rotate+awq+gptq",
-        "rotate+smoothquant+gptq",
-    ):
+    rotated = ("rotate+rtn", "rotate+gptq", "rotate+awq+gptq", "rotate+smoothquant+gptq")
+    for method in ("vanilla smoothquant", "smoothquant+gptq", *rotated):
         yield Configuration(method, 4, 4, "g64", "all")
     # Outliers leave nothing of a model whose inputs have 4 bits and are not smoothed.
     searched = [("", "token"), ("", "tensor")] if variant == "plain" else [("smoothquant+", "token")]

@@ -221,9 +221,9 @@ CHOICES = {
     "bool_parsing": "true or false",
     "float_type": "a number",
     "float_parsing": "a number",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number from {ge} up",
-    "less_than_equal": "a number up to {le}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number from {ge:g} up",
+    "less_than_equal": "a number up to {le:g}",
 }
 _PARTS_OF_TYPES = ("[key]", "constrained-float", "literal['search']")  # in pydantic's places; no person wrote them
 

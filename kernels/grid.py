@@ -52,7 +52,7 @@ class Grid:
         if columns % width:
             fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
             remedy = (
-                f"choose --group-size {', '.join(map(str, fitting))} or -1" if fitting else "choose --group-size -1"
+                f"choose --group-size {', '.join(map(str, fitting))} or row" if fitting else "choose --group-size row"
             )
             raise ValueError(f"{columns} columns do not divide into groups of {width}; {remedy}")
         return width

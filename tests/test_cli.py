@@ -105,6 +105,17 @@ def bad_inputs(folder, exported, tmp_path, images):
             "ONNX graphs hold no activation grid; choose --format safetensors",
         ),
         "option without a value": (("export", folder, "--option", "damp"), "--option damp: no value; write KEY=VALUE"),
+        "option null": (
+            ("export", folder, "--option", "threshold=null"),
+            "--option threshold=null: no value; write KEY=VALUE, or take threshold out of the recipe file",
+        ),
+        "option of nothing": (("export", folder, "--option", "damp="), "--option damp=: no value; write KEY=VALUE"),
+        "groups of inputs that are not rounded": (
+            ("export", folder, "--activation-bits", "none", "--activation-group", 64),
+            "--activation-group 64: --activation-bits none rounds no inputs; leave one of them out",
+        ),
+        "group in words": (("export", folder, "--group-size", "rows"), "group_size: 'rows'; choose a multiple of 16"),
+        "inputs of bits in words": (("export", folder, "--activation-bits", "eight"), "activations.bits: 'eight'; cho"),
         "option no method has": (("export", folder, "--option", "dmap=1"), "options.dmap: unknown key"),
         "recipe for another model": (
             ("recipe", "show", folder, "--recipe", rules),
@@ -137,6 +148,11 @@ BAD = (
     "inputs of 5 bits",
     "inputs in graphs",
     "option without a value",
+    "option null",
+    "option of nothing",
+    "groups of inputs that are not rounded",
+    "group in words",
+    "inputs of bits in words",
     "option no method has",
     "recipe for another model",
     "no samples",
@@ -273,7 +289,7 @@ def test_flags_change_single_keys_of_a_file(vlmq, tmp_path):
     file.write_text("activations: {bits: 8, group_size: tensor}\noptions: {damp: 0.05, alpha: 0.5}\n")
     _, out, _ = vlmq("recipe", "show", "--recipe", file, "--activation-bits", 4, "--option", "alpha=search")
     shown = yaml.safe_load(out)
-    assert shown["activations"] == {"bits": 4, "group_size": "tensor"}
+    assert shown["activations"] == {"bits": 4, "group_size": "tensor", "symmetric": True}
     assert (shown["options"]["damp"], shown["options"]["alpha"]) == (0.05, "search")
     _, out, _ = vlmq("recipe", "show", "--recipe", file, "--activation-bits", "none")
     assert yaml.safe_load(out)["activations"] == "none"

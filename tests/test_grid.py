@@ -70,8 +70,15 @@ def test_a_grid_that_no_kernel_has_is_refused_at_birth(bits, group):
         Grid(bits, group)
 
 
+def test_a_group_that_no_kernel_has_names_those_that_are():
+    with pytest.raises(
+        ValueError, match=r"^a group of 50 columns; choose a multiple of 16 from 16 to 256, or row, or tensor$"
+    ):
+        Grid(4, 50)
+
+
 def test_a_group_that_does_not_divide_names_those_that_do():
     with pytest.raises(
-        ValueError, match=r"96 columns do not divide into groups of 64; choose --group-size 16, 32 or -1"
+        ValueError, match=r"96 columns do not divide into groups of 64; choose --group-size 16, 32 or row"
     ):
         Grid(4, 64).width(96)

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import tiny
 import yaml
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import family_of
-from vlmq.exporter.recipe import make_recipe, read_recipe, refuse_for_format
+from vlmq.exporter.recipe import Recipe, make_recipe, read_recipe, refuse_for_format
 from vlmq.exporter.scheme import Options
 from vlmq.exporter.walk import Block, Input, Site, Walk, walk
 from vlmq.kernels.grid import ROW, TENSOR, Grid
@@ -116,6 +118,13 @@ def test_a_rule_selects_what_all_its_selectors_select(found):
     assert selected(found, kind="projection") == {"language_projection"}
 
 
+def test_none_switches_rounded_inputs_off_wherever_it_is_said(found):
+    assert make_recipe({"activations": {"bits": "none"}}) == make_recipe({"activations": "none"}) == make_recipe({})
+    off = {"activations": {"bits": 8}, "components": {"vision": {"activations": {"bits": "none"}}}}
+    assert assign(found, **off).schemes[FC1].inputs is None
+    assert assign(found, **off).schemes[FC2].inputs == Grid(8, ROW)
+
+
 def test_groups_are_numbers_or_words(found):
     assert assign(found, group_size="row") == assign(found, group_size=ROW)
     tensors = assign(found, components={"vision": {"group_size": "tensor"}})
@@ -212,7 +221,18 @@ def test_an_indivisible_linear_gets_the_widest_group_that_divides_it_or_is_refus
         ({"bits": 7}, "bits: 7 bits; choose one of 2, 3, 4, 5, 6, 8, or 16"),
         ({"method": "magic"}, "unknown method 'magic'; choose one of uniform, rtn, awq"),
         ({"bit": 4}, "bit: unknown key; docs/recipes.md lists them"),
-        ({"components": {"visoin": {"bits": 4}}}, "components.visoin"),
+        (
+            {"components": {"visoin": {"bits": 4}}},
+            "recipe: components.visoin: 'visoin'; choose 'vision', 'connector' or 'language'",
+        ),
+        ({"vision": {"bits": 8}}, "recipe: vision: unknown key; write it under components"),
+        ({"bit": None}, "recipe: bit: unknown key"),
+        ({"rules": None}, "recipe: rules: nothing is said; give it a value, or leave the key out"),
+        ({"rules": {"match": "fc1", "bits": 8}}, "recipe: rules: not a list; write [...]"),
+        ({"rules": ["fc1"]}, "recipe: rules.0: no keys; write {key: value}"),
+        ({"rules": [{"kind": "head", "bits": 8}]}, "rules.0.kind: 'head'; choose 'attention', 'feedforward' or 'proje"),
+        ({"rules": [{"match": "fc1"}]}, "recipe: rules.0: a rule must change something; give one of method, bits, gro"),
+        ({"rules": [{"match": 1, "bits": 8}]}, "recipe: rules.0.match: no text; put it in quotes"),
         ({"rules": [{"match": "("}]}, "rules.0.match: not a regular expression"),
         (
             {"rules": [{"match": "nothing_like_this", "bits": 8}]},
@@ -223,19 +243,48 @@ def test_an_indivisible_linear_gets_the_widest_group_that_divides_it_or_is_refus
             "the rule component 'vision', kind 'projection' matches no linear; `vlmq inspect` lists their names",
         ),
         ({"rules": [{"bits": 8}]}, "rules.0: a rule must say what it is for; give match, component, blocks or kind"),
-        ({"rules": [{"blocks": "last", "bits": 8}]}, "rules.0.blocks: Input should be 'front', 'middle' or 'end'"),
-        ({"rules": [{"kind": "mlp", "bits": 8}]}, "rules.0.kind: Input should be 'attention', 'feedforward'"),
-        ({"group_size": 128}, "64 columns do not divide into groups of 128; choose --group-size 16, 32, 64 or -1"),
-        ({"group_size": "rows"}, "group_size: "),
-        ({"bits": 16}, "every linear is left at 16 bits"),
+        ({"rules": [{"blocks": "last", "bits": 8}]}, "rules.0.blocks: 'last'; choose 'front', 'middle' or 'end'"),
+        ({"rules": [{"kind": "mlp", "bits": 8}]}, "rules.0.kind: 'mlp'; choose 'attention', 'feedforward'"),
+        ({"group_size": 128}, "64 columns do not divide into groups of 128; choose --group-size 16, 32, 64 or row"),
+        (
+            {"activations": {"bits": 8, "group_size": 128}},
+            "64 columns do not divide into groups of 128; choose --activation-group 16, 32, 64 or token, or --indiv",
+        ),
+        (
+            {"group_size": "rows"},
+            "recipe: group_size: 'rows'; choose a multiple of 16 from 16 to 256, or row, or tensor",
+        ),
+        (
+            {"group_size": 50},
+            "recipe: group_size: a group of 50 columns; choose a multiple of 16 from 16 to 256, or row, or tensor",
+        ),
+        (
+            {"activations": {"group_size": "row"}},
+            "recipe: activations.group_size: 'row'; choose a multiple of 16 from 16 to 256, or token, or tensor",
+        ),
+        (
+            {"activations": {"group_size": 50}},
+            "activations.group_size: a group of 50 columns; choose a multiple of 16 from 16 to 256, or token, or",
+        ),
+        ({"bits": "four"}, "recipe: bits: 'four'; choose one of 2, 3, 4, 5, 6, 8, or 16 to leave alone"),
+        ({"bits": 4.5}, "recipe: bits: 4.5; choose one of"),
+        ({"method": 8}, "recipe: method: unknown method '8'; choose one of uniform"),
+        ({"symmetric": "maybe"}, "recipe: symmetric: 'maybe'; choose true or false"),
+        ({"bits": 16}, "recipe: every linear is left at 16 bits, so nothing would change; give --bits 8 or fewer, or"),
         ({"qkv": "fuse"}, "qkv"),
-        ({"indivisible": "maybe"}, "indivisible: Input should be 'refuse' or 'shrink'"),
-        ({"rotate": ["connector"]}, "rotate.0: Input should be 'language' or 'vision'"),
+        ({"indivisible": "maybe"}, "indivisible: 'maybe'; choose 'refuse' or 'shrink'"),
+        ({"rotate": ["connector"]}, "rotate.0: 'connector'; choose 'language' or 'vision'"),
+        ({"rotate": "language"}, "recipe: rotate: not a list; write [...]"),
+        ({"activations": 8}, "recipe: activations: 8; write none, or {bits: 8, group_size: token}"),
+        ({"activations": None}, "recipe: activations: nothing is said; give it a value, or leave the key out"),
+        ({"activations": {"bits": "eight"}}, "activations.bits: 'eight'; choose 4, 6, 8, or none to leave alone"),
         ({"activations": {"bits": 3}}, "activations.bits: 3 bits for inputs; choose 4, 6, 8, or none to leave alone"),
         ({"activations": {"group_size": "tensor"}}, "activations without bits; give --activation-bits 8, 6 or 4"),
         ({"activations": {"bits": 8, "group": 32}}, "activations.group: unknown key"),
         ({"options": {"dampen": 1}}, "options.dampen: unknown key"),
-        ({"options": {"damp": 0}}, "options.damp: Input should be greater than 0"),
+        ({"options": {"damp": 0}}, "recipe: options.damp: 0; choose a number above 0"),
+        ({"options": {"alpha": "0.5x"}}, "recipe: options.alpha: '0.5x'; choose a number or 'search'"),
+        ({"options": {"alpha": 2}}, "recipe: options.alpha: 2; choose a number up to 1 or 'search'"),
         ({"method": "smoothquant"}, f"{QKV}: smoothquant prepares inputs for quantization; give --activation-bits 8"),
         ({"method": "qvlm"}, f"{QKV}: qvlm prepares inputs for quantization; give --activation-bits 8"),
         ({"components": {"vision": {"method": "awq+smoothquant"}}}, "awq+smoothquant prepares inputs"),
@@ -276,6 +325,8 @@ def test_rounded_inputs_are_refused_for_graphs_that_cannot_hold_them(found):
         {"method": "uniform", "group_size": "tensor", "symmetric": False, "components": {"vision": {"method": "rtn"}}},
         {"activations": {"bits": 8, "group_size": "tensor"}, "components": {"vision": {"activations": "none"}}},
         {"activations": {"bits": 8}, "components": {"vision": {"activations": {"symmetric": False}}}},
+        {"activations": {"bits": "none", "group_size": 64}, "components": {"vision": {"activations": {"bits": 4}}}},
+        {"head": {"bits": 8}, "embedding": {"bits": 8, "group_size": "row"}},
         {"options": {"damp": 0.5, "threshold": 0.2}, "components": {"vision": {"options": {"threshold": None}}}},
         {"rules": [{"match": r"fc1$|'\d", "blocks": "end", "kind": "feedforward", "options": {"alpha": 0.25}}]},
         {"rotate": ["vision", "language"], "indivisible": "shrink", "qkv": "split", "group_size": 96},
@@ -288,6 +339,22 @@ def test_what_a_recipe_shows_reads_back_to_the_same_recipe(found, content):
     assert again.content() == recipe.content()
     shrunk = {"indivisible": "shrink"}
     assert again.model_copy(update=shrunk).assign(found) == recipe.model_copy(update=shrunk).assign(found)
+
+
+def test_a_recipe_is_shown_in_full():
+    shown = make_recipe({"activations": {"bits": 8}}).content()
+    assert set(shown) == set(Recipe.model_fields)
+    assert shown["activations"] == {"bits": 8, "group_size": "token", "symmetric": True}
+    assert set(shown["options"]) == set(Options.model_fields)
+    assert (shown["head"], shown["embedding"], shown["options"]["threshold"]) == (None, None, None)
+
+
+def test_the_reference_has_every_option_with_its_default():
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    table = text.split("| option | default |")[1].split("\n\n")[0]
+    rows = [[cell.replace("`", "") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    said = {name.strip(): yaml.safe_load(default) for names, default in rows for name in names.split(",")}
+    assert said == Options().model_dump()
 
 
 def test_a_recipe_file_says_what_flags_would(found, tmp_path):
@@ -304,3 +371,35 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
     file.write_text(text)
     with pytest.raises(VlmqError, match=r"broken\.yaml"):
         read_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "no keys; write {key: value}"),
+        ("[]", "no keys; write {key: value}"),
+        ("- {model_part: VIT}", "no keys; write {key: value}"),
+        ("vision: {bits: 8}\nlanguage: {bits: 4}", "vision: unknown key; write it under components"),
+        ("vit_layers: {fc1: 4}", "vit_layers: unknown key; docs/recipes.md lists them"),
+        ("bits: 4\nmethod: rtn\nbits: 8", "line 3: bits: said twice; keep one"),
+        ("rules: []\nrules: []", "line 2: rules: said twice; keep one"),
+        ("rules:\n- {match: a, bits: 4}\n- {match: b, bits: 4, 'bits': 8}", "line 3: bits: said twice; keep one"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_meant_says_what_to_write(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(VlmqError) as refused:
+        read_recipe(file)
+    assert str(refused.value) == f"{file}: {message}"
+
+
+def test_an_empty_file_is_the_default_recipe_and_a_merged_key_is_said_once(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# bits: 3\n")
+    assert read_recipe(file) == make_recipe({})
+    file.write_text("components: {vision: &eight {bits: 8, method: rtn}, language: {<<: *eight, bits: 3}}")
+    language = {"bits": 3, "method": "rtn"}
+    assert read_recipe(file) == make_recipe(
+        {"components": {"vision": {"bits": 8, "method": "rtn"}, "language": language}}
+    )
