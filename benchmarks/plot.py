@@ -1,4 +1,4 @@
-"""docs/methods.png: accuracy against bits per weight where weights alone are rounded, and by budget where inputs are.
+"""docs/methods.png: accuracy against bits per weight where weights alone are rounded; divergence where inputs are too.
 
 Error bars are the intervals of cells.py.
 """
@@ -36,19 +36,21 @@ def draw(cells: Cells, picture: Path) -> None:
         upper.set_title(f"{checkpoint}, {variant}")
         _weights(upper, cells, checkpoint, variant)
         _inputs(lower, cells, checkpoint, variant)
+        _reference(upper, cells.reference(checkpoint, variant))
+        upper.set_ylim(0, 103)
         for axis in (upper, lower):
-            _reference(axis, cells.reference(checkpoint, variant))
             axis.grid(alpha=0.3)
-            axis.set_ylim(0, 103)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy, %")
+    axes[0, 0].set_ylabel("accuracy, %")
+    axes[1, 0].set_ylabel("KL of the first token, nats")
     for row in axes:
         handles = {
             label: handle for axis in row for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         if handles:
             row[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.suptitle("All components quantized: weights alone (above), weights and inputs (below)")
+    figure.suptitle(
+        "All components quantized: weights alone (above, accuracy), weights and inputs (below, divergence from the reference)"
+    )
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
@@ -62,7 +64,7 @@ def _weights(axis: Axes, cells: Cells, checkpoint: str, variant: str) -> None:
             for bits in WIDTHS
             if (cell := cells.get(checkpoint, variant, Configuration(method, bits, FULL, granularity, "all")))
         ]
-        _points(axis, [cell.mean("bits_per_weight") for cell in found], found, method, "-")
+        _points(axis, [cell.mean("bits_per_weight") for cell in found], found, method)
     axis.set_xlabel("bits per weight, scales counted")
     axis.set_xscale("log", base=2)
     axis.set_xticks(WIDTHS, map(str, WIDTHS))
@@ -77,14 +79,20 @@ def _inputs(axis: Axes, cells: Cells, checkpoint: str, variant: str) -> None:
             if (cell := cells.get(checkpoint, variant, Configuration(method, bits, bits, granularity, "all")))
         }
         shift = 0.8 * (number / (len(WITH_INPUTS) - 1) - 0.5)
-        _points(axis, [place + shift for place in found], list(found.values()), method, "")
+        if found:
+            places, divergences = (
+                [place + shift for place in found],
+                [cell.mean("divergence") for cell in found.values()],
+            )
+            axis.plot(places, divergences, MARKERS[method], label=method, color=COLOURS[method], markersize=5)
+    axis.set_yscale("log")
     axis.set_xticks(range(len(BUDGETS)), [label for label, *_ in BUDGETS])
     axis.set_xlim(-0.5, len(BUDGETS) - 0.5)
     for edge in range(1, len(BUDGETS)):
         axis.axvline(edge - 0.5, color="0.85", linewidth=1)
 
 
-def _points(axis: Axes, places: list[float], found: list[Cell], method: str, line: str) -> None:
+def _points(axis: Axes, places: list[float], found: list[Cell], method: str) -> None:
     if not found:
         return
     means = [cell.accuracy.points for cell in found]
@@ -98,7 +106,7 @@ def _points(axis: Axes, places: list[float], found: list[Cell], method: str, lin
         bars,
         label=method,
         color=COLOURS[method],
-        linestyle=line,
+        linestyle="-",
         marker=MARKERS[method],
         markersize=5,
         capsize=2,

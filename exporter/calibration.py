@@ -32,7 +32,7 @@ Inputs = dict[str, Tensor]
 class Call:
     """The arguments of one block for one batch; `hidden` is replaced as the blocks go by.
 
-    reference: the same call in the full-precision model, where that runs alongside.
+    reference: the same call among full-precision blocks, where they run alongside (on the embedding as it will be).
     vision: which tokens (batch, sequence) are of the image; None where all are, or nobody asks.
     """
 

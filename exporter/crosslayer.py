@@ -124,7 +124,7 @@ def _error(calls: Sequence[Call], outputs: Sequence[Tensor]) -> float:
 
 
 def _some(calls: Sequence[Call]) -> Sequence[Call]:
-    """Calls with about TOKENS tokens in all, evenly drawn (at least one)."""
+    """Calls with about TOKENS tokens in all, evenly drawn; one at least, which may have more."""
     tokens = sum(call.hidden[..., 0].numel() for call in calls)
     return calls[:: max(1, -(-tokens // TOKENS))]
 

@@ -21,7 +21,7 @@ from vlmq.kernels.grid import TENSOR, Grid, QuantizedWeight, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
-ROWS = 1024  # rows searched at once: bounds the clip search's memory
+ROWS = 1024  # rows searched at once: bounds the clip search's memory, but for a grid that all rows share
 
 
 def rescale(problem: Problem) -> Tensor:
