@@ -48,9 +48,7 @@ def draw(cells: Cells, picture: Path) -> None:
         }
         if handles:
             row[-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.suptitle(
-        "All components quantized: weights alone (above, accuracy), weights and inputs (below, divergence from the reference)"
-    )
+    figure.suptitle("All components quantized: weights alone (above), weights and inputs (below)")
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
