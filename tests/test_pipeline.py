@@ -11,13 +11,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmq.exporter import pipeline, sources
 from vlmq.exporter.asking import ask
+from vlmq.exporter.calibration import prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import family_of
+from vlmq.exporter.load import load
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
-from vlmq.exporter.runtime import OnnxVlm, TorchVlm
+from vlmq.exporter.runtime import OnnxVlm, TorchVlm, open_processor
 from vlmq.exporter.simulate import simulate
 from vlmq.formats import compressed_tensors, manifest
 from vlmq.formats.errors import FormatError
@@ -219,3 +221,36 @@ def test_verifying_on_images_that_were_calibrated_on_is_refused(tiny_folders, pi
 def test_too_few_samples_to_hold_any_out_is_said_before_the_work(tiny_folders, pictures, tmp_path):
     with pytest.raises(VlmqError, match="none is left to verify on; name a set with --data"):
         export(request(tiny_folders["blip2-opt"], tmp_path / "out", pictures, verify=True, samples=12))
+
+
+PER_TENSOR = {"bits": 8, "group_size": "tensor"}
+ROUNDED = {
+    "smoothed": {"method": "smoothquant", "bits": 8, "activations": {"bits": 8}},
+    "one range each": {"method": "rtn", "bits": 8, "group_size": "tensor", "activations": PER_TENSOR},
+    "clamped": {"method": "qvlm", "activations": {"bits": 6, "symmetric": False}, "options": {"vision_tuning": False}},
+    "rotated": {"method": "gptq", "rotate": ["language", "vision"], "activations": {"bits": 4, "group_size": 32}},
+    "uniform": {"method": "uniform", "bits": 4, "options": {"biases": True}},
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
+@torch.no_grad()
+def test_an_export_that_is_loaded_again_computes_what_was_solved(
+    name, variant, tiny_folders, random_samples, pictures, tmp_path
+):
+    """Inputs rounded as in calibration, ranges and clamps included; against the solver's own model in memory."""
+    content = {"group_size": 32, **ROUNDED[name]}
+    if name == "uniform":
+        del content["group_size"]
+    made = make_recipe(content)
+    asked = Request(
+        str(tiny_folders[variant]), tmp_path / "out", made, formats="safetensors", verify=False,
+        calibration=str(pictures), samples=8,
+    )  # fmt: skip
+    export(asked)
+    checkpoint = open_checkpoint(str(tiny_folders[variant]))
+    expected, _ = simulate(checkpoint, made, sources.read(str(pictures), 8).samples)
+    found = load(tmp_path / "out")
+    for batch in prepare(random_samples, open_processor(tiny_folders[variant]), checkpoint.family):
+        torch.testing.assert_close(found(**batch).logits, expected(**batch).logits, rtol=1e-4, atol=1e-4)
