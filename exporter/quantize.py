@@ -72,8 +72,8 @@ def _prepared(given: Given, walk: Walk, calibration: Calibration) -> Given:
     weights, tuned = {}, {}
     if any(scheme.options.token_weights == "modality" for scheme in given.schemes.values()):
         weights = modality.floored(modality.weights(given.checkpoint, calibration.batches))
-    searched = {site.name: given.schemes.get(site.name) for site in walk.sites if site.component == "vision"}
-    if any(vision_tuning.is_tuned(scheme) for scheme in searched.values()):
+    vision = [given.schemes.get(site.name) for site in walk.sites if site.component == "vision"]
+    if any(vision_tuning.is_tuned(scheme) for scheme in vision):
         tuned = vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes)
     return replace(given, vision_weights=weights, tuned=tuned)
 
