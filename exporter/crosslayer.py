@@ -59,11 +59,14 @@ def search(
     calls: Sequence[Call],
     roundings: Sequence[InputRounding],
     rows: Mapping[str, Tensor],
+    last: bool = False,
 ) -> dict[str, Limits]:
     """Eq. 3: for each block of a span the percentile with which the span's output comes nearest to full precision.
 
     The blocks hold their quantized weights; `calls` are at the start of the span, their references (the target) behind
     it. roundings: one for each block. rows: what the searched sites read (k, in), by site; others keep their limits.
+    last: nothing reads what the span puts out for image tokens, so their errors do not count.
+
     A span of one block is the layer-wise search of eq. 2. Of equally good percentiles the larger is taken, first of the
     first block. Leaves the limits it returns in the roundings.
     """
@@ -71,7 +74,7 @@ def search(
         _Layer(model.get_submodule(block.name), rounding, _candidates(block, rows))
         for block, rounding in zip(span, roundings, strict=True)
     ]
-    some = _some(calls)
+    some = [replace(call, vision=call.vision if last else None) for call in _some(calls)]
     _, best = _best(layers, some, [call.hidden for call in some])
     limits: dict[str, Limits] = {}
     for layer, chosen in zip(layers, best, strict=True):
@@ -119,7 +122,8 @@ def _error(calls: Sequence[Call], outputs: Sequence[Tensor]) -> float:
     total = 0.0
     for call, output in zip(calls, outputs, strict=True):
         assert call.reference is not None  # the engine runs the full-precision model alongside for this method
-        total += (output - call.reference.hidden).double().square().sum().item()
+        errors = (output - call.reference.hidden).double().square()
+        total += (errors if call.vision is None else errors[~call.vision]).sum().item()
     return total
 
 

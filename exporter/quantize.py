@@ -55,7 +55,7 @@ def quantize(
         with ends.unread(model, stage):
             for span in _spans(stage, given, list(calls.values())):
                 progress("quantizing", done, count)
-                yield from _quantize_span(span, given, list(calls.values()))
+                yield from _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
                 done += len(span)
         if calibration:
             calibration.finish(stage, calls)
@@ -89,7 +89,7 @@ def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tu
     return crosslayer.spans(stage, found, minding[0].options.threshold)
 
 
-def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call]) -> Iterator[QuantizedBlock]:
+def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], last: bool) -> Iterator[QuantizedBlock]:
     """Solve the blocks of a span and run them on; then search the ranges of their inputs, where a method does that."""
     starts = [call.hidden for call in calls]
     finished: list[QuantizedBlock] = []
@@ -104,7 +104,7 @@ def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call]) -> 
         for call, start in zip(calls, starts, strict=True):
             call.hidden = start
         rows = {name: kept for found in finished for name, kept in found.rows.items()}
-        limits = crosslayer.search(span, given.model, calls, roundings, rows)
+        limits = crosslayer.search(span, given.model, calls, roundings, rows, last)
         finished = [_with_limits(found, limits) for found in finished]
         for block in span:
             _run(given.model.get_submodule(block.name), calls)

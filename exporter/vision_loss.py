@@ -54,7 +54,8 @@ class Seen:
 class Target:
     """Inputs of one length, what full precision makes of them, and where the answers are.
 
-    answer: bool (pairs, sequence). ranges: the extremes of what each language block puts out (blocks, 2).
+    answer: bool (pairs, sequence). read: bool (pairs, sequence), where somebody reads what the last block puts out:
+    everywhere but at the image. ranges: the extremes of what each language block puts out (blocks, 2).
     """
 
     inputs: Inputs
@@ -62,6 +63,7 @@ class Target:
     output: Tensor
     ranges: Tensor
     answer: Tensor
+    read: Tensor
 
     @property
     def pairs(self) -> int:
@@ -99,7 +101,7 @@ def target_of(seen: Seen, inputs: Inputs, vision: Tensor, mark: int) -> Target:
     text = _after(vision)
     answer = text & _after(inputs["input_ids"] == mark)
     answer = torch.where(answer.any(1, keepdim=True), answer, text)
-    return Target(inputs, seen.vision, seen.language[-1], torch.stack(extremes), answer)
+    return Target(inputs, seen.vision, seen.language[-1], torch.stack(extremes), answer, ~vision)
 
 
 def _after(marked: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ class Loss:
 
     def error(self, seen: Seen, target: Target) -> Tensor:
         """L_err: relative distances, so that neither depends on the scale of the activations."""
-        return _distance(seen.vision, target.vision) + self.weights.output * _distance(seen.language[-1], target.output)
+        output = _distance(seen.language[-1][target.read], target.output[target.read])
+        return _distance(seen.vision, target.vision) + self.weights.output * output
 
 
 def cross_entropy(logits: Tensor, target: Target) -> Tensor:
@@ -163,7 +166,7 @@ def shares_of(model: PreTrainedModel, plan: Walk, targets: Sequence[Target]) -> 
     squares: list[float] = []
     for target in targets:
         seen = observe(model, plan, target.inputs)
-        error = (seen.language[-1] - target.output).square().sum()
+        error = (seen.language[-1] - target.output)[target.read].square().sum()
         gradients = torch.autograd.grad(error, seen.language[:-1]) if seen.language[:-1] else ()
         sizes = [gradient.double().square().sum().item() for gradient in gradients]
         squares = [total + size for total, size in zip(squares or [0.0] * len(sizes), sizes, strict=True)]
