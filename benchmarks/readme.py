@@ -125,7 +125,7 @@ def methods() -> str:
     models = [(name, variant) for name in ("blip2-mini", "llava-mini") for variant in ("plain", "outliers")]
     lines = [
         "Every method at the same budgets, all components: accuracy in % of 2000 questions, and the divergence (KL, nats) of the "
-        f"first token from the reference's, means over up to three seeds ({machine['processor']}; `python benchmarks/methods.py`; "
+        f"first token from the reference's, mostly of one seed so far (the table says which) ({machine['processor']}; `python benchmarks/methods.py`; "
         "[all rows, intervals and verdicts](benchmarks/results/methods.md)).",
         "",
         "| method | W | A | granularity | " + " | ".join(f"{name}, {variant}" for name, variant in models) + " |",
