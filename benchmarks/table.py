@@ -84,7 +84,7 @@ def _verdicts(cells: Cells) -> Iterator[str]:
     for finding in findings(cells):
         yield f"* {finding.sentence}: **{finding.verdict}**"
         if finding.verdict == "does not hold":
-            yield f"  Reason, believed and not isolated by a measurement of its own: {REASONS.get(finding.sentence, 'not found yet.')}"
+            yield f"  Reason (believed, not isolated): {REASONS.get(finding.sentence, 'not found yet.')}"
         marks = {True: "yes", False: "no", None: "missing"}
         yield from (f"  * {marks[check.good]}: {check.what}" for check in finding.checks)
 
