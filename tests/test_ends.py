@@ -189,7 +189,11 @@ def source_rounded(folder, variant):
         ({"head": {}}, "language_model.lm_head: tied", "ask for embedding as well, or for neither"),
         ({"embedding": {}}, "language_model.model.decoder.embed_tokens: tied", "ask for head as well, or for neither"),
         ({"head": {"bits": 8}, "embedding": {}}, "language_model.lm_head: tied", "give both the same bits"),
-        ({"head": {"method": "gptq"}, "embedding": {}}, "language_model.lm_head: tied", "leave method, activations and options of head out"),
+        (
+            {"head": {"method": "gptq"}, "embedding": {}},
+            "language_model.lm_head: tied",
+            "leave method, activations and options of head out",
+        ),
         ({"head": {"bits": 16}, "embedding": {}}, "language_model.model.decoder.embed_tokens: tied", "or for neither"),
     ],
 )
