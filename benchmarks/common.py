@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -55,6 +56,18 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "libraries": found,
     }
+
+
+def revision() -> str:
+    """The commit that is checked out; with a `+` where files of it were changed since."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip()
 
 
 def write(name: str, command: str, results: object) -> Path:

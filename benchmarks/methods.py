@@ -165,7 +165,7 @@ def append(kept: dict[str, Any]) -> None:
 
 def run(wanted: list[Row], workers: int) -> bool:
     """Measure rows, and keep each as it is done; False where any failed, with the traceback said."""
-    began, good = time.monotonic(), True
+    began, good, revision = time.monotonic(), True, common.revision()  # of the code that the workers load now
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         variants = dict.fromkeys((row.checkpoint, row.variant, row.seed) for row in wanted if row.variant != "plain")
         for made in [pool.submit(make_variant, *variant) for variant in variants]:
@@ -180,7 +180,7 @@ def run(wanted: list[Row], workers: int) -> bool:
                     print(f"{futures[future]} failed:", file=sys.stderr)
                     traceback.print_exc()
                     continue
-                append(kept)
+                append({**kept, "revision": revision})
                 left = (time.monotonic() - began) / done * (len(wanted) - done) / 60
                 print(f"{done}/{len(wanted)}, {left:.0f} min left: {futures[future]}: {said(kept)}", flush=True)
         finally:
