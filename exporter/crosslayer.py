@@ -65,7 +65,8 @@ def search(
 
     The blocks hold their quantized weights; `calls` are at the start of the span, their references (the target) behind
     it. roundings: one for each block. rows: what the searched sites read (k, in), by site; others keep their limits.
-    last: nothing reads what the span puts out for image tokens, so their errors do not count.
+    last: nothing reads what the span puts out for image tokens, so their errors do not count. Errors are relative token
+    by token, as the norm that the next block begins with makes them.
 
     A span of one block is the layer-wise search of eq. 2. Of equally good percentiles the larger is taken, first of the
     first block. Leaves the limits it returns in the roundings.
@@ -102,7 +103,7 @@ def _candidates(block: Block, rows: Mapping[str, Tensor]) -> tuple[Candidate, ..
 
 
 def _best(layers: Sequence[_Layer], calls: Sequence[Call], hidden: list[Tensor]) -> tuple[float, tuple[Candidate, ...]]:
-    """The least squared error behind the last of the layers, and the candidates that give it.
+    """The least error behind the last of the layers, and the candidates that give it.
 
     A tree: candidates of a layer that share those before it share what these put out.
     """
@@ -122,7 +123,8 @@ def _error(calls: Sequence[Call], outputs: Sequence[Tensor]) -> float:
     total = 0.0
     for call, output in zip(calls, outputs, strict=True):
         assert call.reference is not None  # the engine runs the full-precision model alongside for this method
-        errors = (output - call.reference.hidden).double().square()
+        target = call.reference.hidden
+        errors = (output - target).double().square().sum(-1) / target.double().square().sum(-1).clamp(min=1e-12)
         total += (errors if call.vision is None else errors[~call.vision]).sum().item()
     return total
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmq.exporter.scheme import Scheme
 from vlmq.kernels.grid import TENSOR, Grid, Limits, between, round_input
 
-NARROWEST = 0.1  # of the range that was seen
+NARROWEST, WIDEST = 0.1, 2.0  # of the range that was seen
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,24 @@ def round_through(x: Tensor, grid: Grid, limits: Limits | None) -> Tensor:
 class LearnedLinear(nn.Module):
     """A linear, its weight frozen, that rounds its weight and its input within ranges that are parameters.
 
-    factors (2,): of the extremes of the input, low and high. clips: of each group's range, for every run of rows that
-    is rounded (rows, groups), or one for all of a TENSOR grid.
+    factors (2,): of the limits of the input that it begins with, low and high. clips: of each group's range, for every
+    run of rows that is rounded (rows, groups), or one for all of a TENSOR grid.
     """
 
-    extremes: Tensor
+    start: Tensor
 
     def __init__(
         self,
         linear: nn.Linear,
         scheme: Scheme,
         dtype: torch.dtype,
-        extremes: Limits,
-        start: Limits,
+        limits: Limits | None,
         clips: list[Tensor],
     ) -> None:
         super().__init__()
         self.linear, self.scheme, self.dtype = linear, scheme, dtype
-        self.register_buffer("extremes", torch.tensor([min(extremes.low, 0.0), max(extremes.high, 0.0)]))
-        self.factors = nn.Parameter(torch.tensor([_share(start.low, extremes.low), _share(start.high, extremes.high)]))
+        self.register_buffer("start", torch.tensor([limits.low, limits.high] if limits else [0.0, 0.0]))
+        self.factors = nn.Parameter(torch.ones(2))
         self.clips = nn.ParameterList(
             [nn.Parameter(clip[:1] if scheme.grid.group == TENSOR else clip) for clip in clips]
         )
@@ -91,7 +90,7 @@ class LearnedLinear(nn.Module):
     @property
     def limits(self) -> Limits | None:
         """Of the input, as they are now."""
-        low, high = (self.extremes * self.factors).tolist()
+        low, high = (self.start * self.factors).tolist()
         return Limits(low, high) if self.scheme.inputs else None
 
     @property
@@ -105,9 +104,10 @@ class LearnedLinear(nn.Module):
 
     @torch.no_grad()
     def keep_within(self) -> None:
-        """Put the parameters back between NARROWEST and 1."""
-        for parameter in (self.factors, *self.clips):
-            parameter.clamp_(NARROWEST, 1)
+        """Put the parameters back within their bounds: a weight's range never exceeds its own."""
+        self.factors.clamp_(NARROWEST, WIDEST)
+        for clip in self.clips:
+            clip.clamp_(NARROWEST, 1)
 
     @property
     def _runs(self) -> tuple[slice, ...]:
@@ -117,7 +117,7 @@ class LearnedLinear(nn.Module):
         grid = self.scheme.inputs
         if grid is None:
             return x
-        low, high = self.extremes * self.factors
+        low, high = self.start * self.factors
         if grid.group == TENSOR:
             return round_between(x, low.reshape(1), high.reshape(1), grid, torch.float32)
         x = torch.minimum(torch.maximum(x, low), high)
@@ -137,8 +137,3 @@ class LearnedLinear(nn.Module):
         if grid.group == TENSOR:
             low, high = low.amin().expand_as(low), high.amax().expand_as(high)
         return round_between(weight, low * clip, high * clip, grid, self.dtype)
-
-
-def _share(start: float, extreme: float) -> float:
-    """Which part of an extreme the start is; all of it where the extreme is 0."""
-    return min(max(start / extreme, NARROWEST), 1.0) if extreme and start / extreme > 0 else 1.0

@@ -19,7 +19,7 @@ from vlmq.exporter.methods.registry import METHODS, is_calibrated
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.rounding import InputRounding
-from vlmq.exporter.solving import Given, QuantizedBlock, is_asymmetric, solve_block
+from vlmq.exporter.solving import Given, QuantizedBlock, Solved, is_asymmetric, solve_block
 from vlmq.exporter.walk import Block, Walk
 
 
@@ -36,7 +36,7 @@ def quantize(
     done, count = 0, len(walk.blocks)
     given = Given(checkpoint, model, assignment.schemes)
     if calibration:
-        given = _prepared(given, walk, calibration)
+        given = _prepared(given, calibration)
         _fill_outside(checkpoint, model, walk)
     for stage in walk.stages:
         if ends.is_embedding(stage):
@@ -53,6 +53,12 @@ def quantize(
                 f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16"
             )
         with ends.unread(model, stage):
+            if (
+                calibration
+                and any(vision_tuning.is_tuned(scheme) for scheme in schemes)
+                and stage[0].component == "vision"
+            ):
+                given = _tuned(stage, given, calibration)
             for span in _spans(stage, given, list(calls.values())):
                 progress("quantizing", done, count)
                 yield from _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
@@ -67,15 +73,22 @@ def needs_reference(assignment: Assignment) -> bool:
     return any(is_asymmetric(scheme) or METHODS[scheme.method].percentiles for scheme in assignment.schemes.values())
 
 
-def _prepared(given: Given, walk: Walk, calibration: Calibration) -> Given:
-    """What has to be known of the whole model before its first block: the weights of tokens, and tuned ranges."""
-    weights, tuned = {}, {}
+def _prepared(given: Given, calibration: Calibration) -> Given:
+    """What has to be known of the whole model before its first block: the weights of tokens."""
     if any(scheme.options.token_weights == "modality" for scheme in given.schemes.values()):
         weights = modality.floored(modality.weights(given.checkpoint, calibration.batches))
-    vision = [given.schemes.get(site.name) for site in walk.sites if site.component == "vision"]
-    if any(vision_tuning.is_tuned(scheme) for scheme in vision):
-        tuned = vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes)
-    return replace(given, vision_weights=weights, tuned=tuned)
+        return replace(given, vision_weights=weights)
+    return given
+
+
+def _tuned(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> Given:
+    """The ranges of a stage of the vision encoder, tuned from what its sites are solved to without it."""
+    calls = list(calibration.calls(stage).values())
+    start: dict[str, Solved] = {}
+    for span in _spans(stage, given, calls):
+        for found in _quantize_span(span, given, calls, last=span[-1] is stage[-1]):
+            start |= found.sites
+    return replace(given, tuned=vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes, start))
 
 
 def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tuple[Block, ...]]:
@@ -90,22 +103,30 @@ def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tu
 
 
 def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], last: bool) -> Iterator[QuantizedBlock]:
-    """Solve the blocks of a span and run them on; then search the ranges of their inputs, where a method does that."""
+    """Solve the blocks of a span and run them on, the ranges of their inputs searched where a method does that: block
+    by block, so that each is solved on what the ones before it will put out, then for all of the span together."""
     starts = [call.hidden for call in calls]
     finished: list[QuantizedBlock] = []
     roundings: list[InputRounding] = []
+
+    def search(blocks: tuple[Block, ...]) -> None:
+        rows = {name: kept for found in finished[-len(blocks) :] for name, kept in found.rows.items()}
+        if rows:
+            ends_here = last and blocks[-1] is span[-1]
+            limits = crosslayer.search(blocks, given.model, calls, roundings[-len(blocks) :], rows, ends_here)
+            finished[:] = [_with_limits(found, limits) for found in finished]
+
     for block in span:
         module = given.model.get_submodule(block.name)
         given.checkpoint.fill(module, block.name)
         finished.append(solve_block(block, given, calls))
         roundings.append(_rounding(given.model, finished[-1]))
+        search((block,))
         _run(module, calls)
-    if any(found.rows for found in finished):
+    if len(span) > 1:
         for call, start in zip(calls, starts, strict=True):
             call.hidden = start
-        rows = {name: kept for found in finished for name, kept in found.rows.items()}
-        limits = crosslayer.search(span, given.model, calls, roundings, rows, last)
-        finished = [_with_limits(found, limits) for found in finished]
+        search(span)
         for block in span:
             _run(given.model.get_submodule(block.name), calls)
     yield from finished
@@ -122,7 +143,7 @@ def _rounding(model: nn.Module, found: QuantizedBlock) -> InputRounding:
 
 def _with_limits(found: QuantizedBlock, limits: dict) -> QuantizedBlock:
     sites = {name: replace(solved, limits=limits.get(name, solved.limits)) for name, solved in found.sites.items()}
-    return replace(found, sites=sites, rows={})
+    return replace(found, sites=sites)
 
 
 def _run(module: nn.Module, calls: list[Call]) -> None:

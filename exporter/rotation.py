@@ -7,7 +7,9 @@ R, a LayerNorm with those for which R 1 = 1, as they keep the mean and the varia
 QuaRot makes an RMSNorm of it, and the rotated model has the architecture of the original.
 
 Between the values and the output linear of an attention, every head is rotated too: attention mixes tokens, not
-channels. Between the two linears of a feedforward nothing is: R would have to be computed when the model runs.
+channels. Between the two linears of a feedforward nothing is: R would have to be computed when the model runs. Where a
+scale commutes with what stands there (a ReLU, a gate), the channels are evened out instead, by the weights alone
+(cross-layer equalization; Nagel et al. 2019, arXiv 1906.04721, section 4.1).
 
 CLIP's stream is written by a norm, `pre_layrnorm`, whose weight does not commute with R. There norms are folded and
 values rotated, and the stream stays as it is.
@@ -16,7 +18,7 @@ values rotated, and the stream stays as it is.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -98,11 +100,34 @@ def _times(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Evened:
+    """The scale s (n,) of the channels between two linears, float64, its geometric mean 1.
+
+    A channel's values are about as large as the product of the norms of its rows in `makers` (a linear, and its gate),
+    which read a norm of weight `gamma`; they are divided, and its column in `reader` multiplied, by the square root of
+    how much larger they are than that column. Then both are equally hard to round.
+    """
+
+    makers: tuple[str, ...]
+    reader: str
+    gamma: str
+
+    def __call__(self, read: Read) -> Tensor:
+        gamma = read(self.gamma).double()
+        values = torch.stack([(read(maker).double() * gamma).norm(dim=1) for maker in self.makers]).prod(0)
+        columns = read(self.reader).double().norm(dim=0)
+        alive = (values > 0) & (columns > 0)
+        scale = torch.where(alive, values / columns, 1.0).sqrt()
+        return torch.where(alive, scale / scale[alive].log().mean().exp(), 1.0)
+
+
+@dataclass(frozen=True)
 class _Turned:
     """What a weight W and a bias b become: rows W diag(gamma) columns^T, and rows (b + W beta).
 
     gamma and beta name the weight and the bias of the norm that W reads, where they are folded into it. `part`: which
-    of how many stacked parts of the rows is rotated.
+    of how many stacked parts of the rows is rotated. Besides, its rows are divided by the scale `made`, and its columns
+    multiplied by the scale `read`.
     """
 
     gamma: str | None = None
@@ -110,26 +135,33 @@ class _Turned:
     columns: Rotation | None = None
     rows: Rotation | None = None
     part: tuple[int, int] = (0, 1)
+    made: _Evened | None = None
+    read: _Evened | None = None
 
     def weight(self, name: str, read: Read) -> Tensor:
         stored = read(name)
-        chunks = [stored] if self.rows else stored.split(CHUNK)
+        chunks = [stored] if self.rows or self.made else stored.split(CHUNK)
         return torch.cat([self._weight(chunk.double(), read).float() for chunk in chunks])
 
     def _weight(self, weight: Tensor, read: Read) -> Tensor:
         if self.gamma:
             weight = weight * read(self.gamma).double()
+        if self.read:
+            weight = weight * self.read(read)
         if self.columns:
             weight = self.columns.turn(weight, -1)
-        return self._turn_rows(weight)
+        return self._turn_rows(weight, read)
 
     def bias(self, name: str, weight: str, read: Read) -> Tensor:
         bias = read(name).double()
         if self.beta:
             bias = bias + read(weight).double() @ read(self.beta).double()
-        return self._turn_rows(bias).float()
+        return self._turn_rows(bias, read).float()
 
-    def _turn_rows(self, x: Tensor) -> Tensor:
+    def _turn_rows(self, x: Tensor, read: Read) -> Tensor:
+        if self.made:
+            scale = self.made(read)
+            x = x / (scale if x.ndim == 1 else scale.unsqueeze(1))
         if self.rows is None:
             return x
         index, count = self.part
@@ -200,6 +232,9 @@ def _transforms(stored: Mapping[str, Place], stage: Stage, stream: Stream, seed:
         makes, reads = (f"{block}.{linear}" for linear in stream.values)
         turn(makes, rows=head, part=(parts.index("v"), len(parts)))
         turn(reads, columns=head)
+        for maker, evened in _inner(block, stage):
+            turn(maker, made=evened)
+            turn(evened.reader.removesuffix(".weight"), read=evened)
     for source in stream.sources:
         turn(source, rows=whole)
 
@@ -233,6 +268,19 @@ def _norms(stored: Mapping[str, Place], stage: Stage, stream: Stream) -> dict[st
     if stream.last is not None and stream.last.after is not None:
         norms[stream.last.after] = [name for linear in stream.last.linears for name in _matching(stored, linear)]
     return norms
+
+
+def _inner(block: str, stage: Stage) -> Iterator[tuple[str, _Evened]]:
+    """The linears of a block's feedforwards that make what another reads, with a scale that commutes in between."""
+    made = {linear: entry for entry in stage.reads for linear in entry.linears}
+    for entry in stage.reads:
+        if entry.kind == "feedforward" and entry.after in made:
+            makers = made[entry.after]
+            names = tuple(f"{block}.{linear}.weight" for linear in makers.linears)
+            yield (
+                f"{block}.{entry.after}",
+                _Evened(names, f"{block}.{entry.linears[0]}.weight", f"{block}.{makers.after}.weight"),
+            )
 
 
 def _matching(stored: Mapping[str, Place], pattern: str) -> list[str]:

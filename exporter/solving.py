@@ -31,13 +31,14 @@ Schemes = Mapping[str, Scheme]  # of the sites that are quantized, by name
 class Solved:
     """What one site became: its codes, or, where only some of its rows are quantized, the dense weight they give.
 
+    fold: the scale (in,) that was folded before its input; None: nothing was.
     limits: of its input, where they are not the input's own.
     loss: tr(D H D^T) / tr(W H W^T), the relative squared error of its outputs on the calibration samples.
     """
 
     weight: QuantizedWeight | Tensor
     scheme: Scheme
-    folded: bool
+    fold: Tensor | None
     loss: float | None
     limits: Limits | None = None
 
@@ -86,14 +87,14 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
         sought = [schemes[site.name].options.awq_loss for site in block.sites if site.name in schemes]
         statistics[:], outputs = gather(block, model, calls, wanted, all_outputs="block" in sought)
 
-    folded: dict[str, bool] = {}
+    folded: dict[str, Tensor | None] = {}
     for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
         scale = _rescale(entry, given, seen, lambda: _block_error(module, calls, outputs))
         if scale is not None and seen is not None:
             folds.fold(entry, scale, model)
             statistics[index] = seen.divided_by(scale)
-        folded |= {site.name: scale is not None for site in entry.sites}
-    if any(folded.values()):
+        folded |= {site.name: scale for site in entry.sites}
+    if any(scale is not None for scale in folded.values()):
         folds.check(block.name, outputs[0], next(iter(calls)).run(module))
 
     solved: dict[str, Solved] = {}
@@ -246,7 +247,9 @@ def _stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
-def _solved(name: str, weight: QuantizedWeight | Tensor, given: Given, seen: Statistics | None, folded: bool) -> Solved:
+def _solved(
+    name: str, weight: QuantizedWeight | Tensor, given: Given, seen: Statistics | None, fold: Tensor | None
+) -> Solved:
     scheme = given.schemes[name]
     limits = given.tuned[name].limits if name in given.tuned else None
     if limits is None and scheme.inputs is not None and seen is not None:
@@ -256,7 +259,7 @@ def _solved(name: str, weight: QuantizedWeight | Tensor, given: Given, seen: Sta
         full = given.model.get_parameter(f"{name}.weight")
         error = dense(weight) - full
         loss = (output_loss(error, seen.gram) / output_loss(full, seen.gram).clamp(min=1e-30)).item()
-    return Solved(weight, scheme, folded, loss, limits)
+    return Solved(weight, scheme, fold, loss, limits)
 
 
 def dense(weight: QuantizedWeight | Tensor) -> Tensor:

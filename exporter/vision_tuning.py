@@ -2,9 +2,9 @@
 
 The whole quantized model runs, and what is learned is how far the range of every vision linear's input and of every
 group of its weight is drawn in: 10 epochs of 64 pairs in batches of 8 (section 4.1), with the loss of
-`vision_loss.py`. As in the paper it starts from the ranges that are best site by site: the percentile that rounds
-the input with the least squared error, and the clip of the weight that its Gram matrix gives. Connector and language
-stay at their percentiles meanwhile, their weights rounded to nearest.
+`vision_loss.py`. It starts from the vision encoder as it was solved and searched. Connector and language stand in
+for what they will be: what their methods fold is folded, their weights are rounded to nearest, and each input within
+the percentile that rounds it with the least squared error.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +23,16 @@ from vlmq.exporter.methods import awq, qvlm
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.solving import Given, choose_scale
-from vlmq.exporter.statistics import Statistics, evenly
+from vlmq.exporter.solving import Given, Solved, choose_scale, dense
+from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.vision_loss import Loss, Target, Weights, levels_of, observe, shares_of, target_of
 from vlmq.exporter.walk import Walk, walk
-from vlmq.kernels.grid import Grid, Limits, round_input, round_trip
+from vlmq.kernels.grid import TENSOR, Grid, Limits, round_input, round_trip
 
 PAIRS, BATCH, EPOCHS = 64, 8, 10  # section 4.1
 HELD_OUT = 32  # pairs by which the best epoch is told
-RATE = 0.01
-ROWS = 1024  # of an input, by which its first percentile is chosen
+RATE = 0.003
+ROWS = 1024  # of an input, by which its percentile is chosen
 
 Batch = list[Inputs]  # of a few lengths; the pairs of one length run together
 
@@ -42,30 +42,32 @@ def tune(
     checkpoint: Checkpoint,
     batches: Sequence[Inputs],
     schemes: Mapping[str, Scheme],
+    start: Mapping[str, Solved],
     weights: Weights = Weights(),  # noqa: B008 - frozen
 ) -> dict[str, Tuned]:
     """The ranges of the vision sites whose scheme asks for it, learned on batches of calibration samples.
 
-    The whole model is in memory, float32. That epoch counts, the beginning among them, which has the lowest loss on
-    pairs that were not learned from. Samples without an image are left out; {} where there is nothing to learn.
+    start: what those sites, at least, were solved to without it. The whole model is in memory, float32. That epoch
+    counts, the beginning among them, which has the lowest loss on pairs that were not learned from. Samples without an
+    image are left out; {} where there is nothing to learn.
     """
-    plan = walk(checkpoint.skeleton(), checkpoint.family)
-    names = [site.name for site in plan.sites if site.component == "vision" and is_tuned(schemes.get(site.name))]
+    names = [name for name in start if is_tuned(schemes[name])]
     learning, held_out = split(batches)
     if not names or not learning:
         return {}
+    plan = walk(checkpoint.skeleton(), checkpoint.family)
     model = checkpoint.model().requires_grad_(False)
     mark = _answer_mark(checkpoint)
-    with _watching(model, names, schemes) as seen:
+    with _watching(model, [name for name in schemes if name not in start]) as statistics:
         targets = [_targets(model, plan, batch, mark) for batch in learning]
     tests = [target for batch in held_out for target in _targets(model, plan, batch, mark)]
-    scales = _fold(plan, Given(checkpoint, model, schemes), seen[0])
-    learned = _round(checkpoint, model, schemes, seen)
+    _fold(plan, Given(checkpoint, model, schemes), start, statistics)
+    learned = _round(checkpoint, model, schemes, names, start, statistics)
     every = [target for batch in targets for target in batch]
     levels = levels_of(every, (schemes[names[0]].inputs or schemes[names[0]].grid).bits)
     loss = Loss(weights, levels, shares_of(model, plan, every))
     learn(list(learned.values()), targets, tests, lambda target: loss(observe(model, plan, target.inputs), target))
-    return {name: Tuned(linear.limits, linear.clip, scales.get(name)) for name, linear in learned.items()}
+    return {name: Tuned(linear.limits, linear.clip, start[name].fold) for name, linear in learned.items()}
 
 
 def learn(
@@ -158,88 +160,89 @@ def _targets(model: PreTrainedModel, plan: Walk, batch: Batch, mark: int) -> lis
 
 
 @contextmanager
-def _watching(
-    model: PreTrainedModel, names: Sequence[str], schemes: Mapping[str, Scheme]
-) -> Iterator[tuple[dict[str, Statistics], dict[str, list[Tensor]]]]:
-    """Statistics of what the named linears read while the model runs, and rows of what the others do."""
-    statistics = {name: Statistics.empty(_linear(model, name).in_features) for name in names}
-    linears = [name for name in schemes if isinstance(model.get_submodule(name), nn.Linear)]  # an embedding reads ids
-    rows: dict[str, list[Tensor]] = {name: [] for name in linears if name not in statistics}
-
-    def note(name: str, x: Tensor) -> None:
-        keep = ROWS * BATCH // PAIRS
-        if name in statistics:
-            statistics[name].add(x, keep=keep)
-            return
-        flat = x.reshape(-1, x.shape[-1])
-        rows[name].append(flat[evenly(len(flat), keep)].float())
-
+def _watching(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Statistics]]:
+    """Statistics of what the named linears read while the model runs; an embedding, which reads ids, has none."""
+    linears = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
+    statistics = {name: Statistics.empty(_linear(model, name).in_features) for name in linears}
     hooks = [
-        _linear(model, name).register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
+        _linear(model, name).register_forward_pre_hook(
+            lambda module, args, name=name: statistics[name].add(args[0], keep=ROWS * BATCH // PAIRS)
+        )
         for name in linears
     ]
     try:
-        yield statistics, rows
+        yield statistics
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @torch.no_grad()
-def _fold(plan: Walk, given: Given, statistics: dict[str, Statistics]) -> dict[str, Tensor]:
-    """Fold what the methods fold before the tuned inputs, so that ranges are learned of what will be read: by site."""
-    scales: dict[str, Tensor] = {}
+def _fold(plan: Walk, given: Given, start: Mapping[str, Solved], statistics: dict[str, Statistics]) -> None:
+    """Fold what was folded before the sites of `start`, and before the others what their methods fold."""
     for entry in (entry for block in plan.blocks for entry in block.inputs):
+        solved = [start[site.name] for site in entry.sites if site.name in start]
         names = [site.name for site in entry.sites if site.name in statistics]
-        scale = choose_scale(entry, given, statistics[names[0]], _no_trial) if names else None
+        scale = solved[0].fold if solved else None
+        if names and not solved:
+            scale = choose_scale(entry, given, statistics[names[0]], _no_trial)
         if scale is not None:
             folds.fold(entry, scale, given.model)
-            scales |= dict.fromkeys(names, scale)
             statistics |= {name: statistics[name].divided_by(scale) for name in names}
-    return scales
 
 
 def _no_trial(scale: Tensor) -> float:
     raise VlmqError("awq_loss: a scale cannot be tried on a block whose ranges are tuned; set awq_loss: gram")
 
 
+@torch.no_grad()
 def _round(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     schemes: Mapping[str, Scheme],
-    seen: tuple[dict[str, Statistics], dict[str, list[Tensor]]],
+    names: Sequence[str],
+    start: Mapping[str, Solved],
+    statistics: Mapping[str, Statistics],
 ) -> dict[str, LearnedLinear]:
-    """Make the model round as its schemes say, in place; the linears that learn how, by name."""
-    statistics, rows = seen
+    """Make the model round as its schemes say, in place; the linears that learn how, by name: those of `names`."""
     learned = {}
     for name, scheme in schemes.items():
         linear, dtype = _linear(model, name), checkpoint.dtype(f"{name}.weight")
-        if name in statistics:
-            learned[name] = _learned(linear, scheme, dtype, statistics[name])
+        if name in names:
+            learned[name] = _learned(linear, start[name], dtype)
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, learned[name])
+        elif name in start:
+            linear.weight.copy_(dense(start[name].weight))
+            _round_inputs(linear, scheme.inputs, start[name].limits)
         else:
-            _fix(linear, scheme, dtype, torch.cat(rows[name]) if name in rows else None)
+            for part in scheme.rows or (slice(0, len(linear.weight)),):
+                linear.weight[part] = round_trip(linear.weight[part], scheme.grid, dtype)
+            if scheme.inputs and name in statistics:
+                _round_inputs(linear, scheme.inputs, _best(statistics[name].rows, scheme.inputs))
     return learned
 
 
-def _learned(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, seen: Statistics) -> LearnedLinear:
-    extremes = Limits(seen.low.min().item(), seen.high.max().item())
-    start = _best(seen.rows, scheme.inputs) if scheme.inputs else extremes
-    runs = scheme.rows or (slice(0, len(linear.weight)),)
-    clips = [awq.clip(linear.weight[rows], seen, scheme.grid, dtype) for rows in runs]
-    return LearnedLinear(linear, scheme, dtype, extremes, start, clips)
+def _learned(linear: nn.Linear, start: Solved, dtype: torch.dtype) -> LearnedLinear:
+    """A linear that begins as it was solved."""
+    rounded, grid = dense(start.weight), start.scheme.grid
+    runs = start.scheme.rows or (slice(0, len(rounded)),)
+    clips = [_clip(linear.weight[rows], rounded[rows], grid, dtype) for rows in runs]
+    return LearnedLinear(linear, start.scheme, dtype, start.limits, clips)
 
 
-@torch.no_grad()
-def _fix(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, rows: Tensor | None) -> None:
-    """Round a linear (or an embedding, which has no rows) for good: its weight to nearest, and its input whenever it
-    comes, through which gradients pass."""
-    for part in scheme.rows or (slice(0, len(linear.weight)),):
-        linear.weight[part] = round_trip(linear.weight[part], scheme.grid, dtype)
-    grid = scheme.inputs
-    if grid is not None and rows is not None:
-        limits = _best(rows, grid)
+def _clip(weight: Tensor, rounded: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The factor of each group's range (out, groups) that a weight was rounded with, of those that awq tries."""
+    losses = torch.stack([(round_trip(weight, grid, dtype, shrink) - rounded).square() for shrink in awq.SHRINKS])
+    losses = losses.unflatten(-1, (-1, grid.width(weight.shape[1]))).sum(-1)
+    if grid.group == TENSOR:
+        losses = losses.sum((1, 2), keepdim=True).expand_as(losses)
+    return torch.tensor(awq.SHRINKS)[losses.argmin(0)]
+
+
+def _round_inputs(linear: nn.Linear, grid: Grid | None, limits: Limits | None) -> None:
+    """Round the input of a linear whenever it comes; gradients pass through."""
+    if grid is not None:
         linear.register_forward_pre_hook(lambda module, args: (round_through(args[0], grid, limits), *args[1:]))
 
 

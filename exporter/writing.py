@@ -69,7 +69,7 @@ def _add(
 
 def _fold_in_words(checkpoint: Checkpoint, name: str, solved: Solved, block: Block) -> str | None:
     """Which module, by its name on disk, took the inverse of the scale, and which of its rows."""
-    if not solved.folded:
+    if solved.fold is None:
         return None
     source = next(entry.source for entry in block.inputs if any(site.name == name for site in entry.sites))
     assert source is not None

@@ -122,6 +122,35 @@ def test_a_rotated_demo_is_the_same_model(name):
     assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("variant", "block", "makers", "reader"),
+    [
+        ("blip2-opt", "language_model.model.decoder.layers.1", ("fc1",), "fc2"),
+        ("llava-llama", "model.language_model.layers.1", ("mlp.up_proj", "mlp.gate_proj"), "mlp.down_proj"),
+    ],
+)
+def test_channels_inside_a_feedforward_are_made_as_large_as_the_columns_that_read_them(
+    variant, block, makers, reader, tmp_path
+):
+    folder = tiny.tiny_folder(variant, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    made, read = (
+        next(name for name in tensors if name.endswith(f"layers.1.{end}.weight")) for end in (makers[0], reader)
+    )
+    tensors[made][5] *= 32
+    tensors[read][:, 5] /= 32
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def sizes(model):
+        values = torch.stack([model.get_parameter(f"{block}.{name}.weight").norm(dim=1) for name in makers]).prod(0)
+        return values / model.get_parameter(f"{block}.{reader}.weight").norm(dim=0)
+
+    checkpoint = open_checkpoint(str(folder))
+    before, after = (sizes(made) for made in (checkpoint.model(), rotate(checkpoint, ("language",)).model()))
+    assert before.max() > 100 * before.median()
+    torch.testing.assert_close(after, after.median().expand_as(after), rtol=1e-4, atol=0)
+
+
 def opt_with(entries: dict[str, object], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     made = tiny.config("blip2-opt")
     made.text_config.update(entries)
