@@ -165,9 +165,17 @@ def export(
     data: Data = None,
     max_drop: MaxDrop = None,
     revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
+    activation_memory: Annotated[
+        str, typer.Option(help="Hidden states that wait in memory; more wait on the disk.", metavar="SIZE")
+    ] = "1GiB",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model, write it as safetensors and ONNX, and verify it."""
+    """Quantize a model, write it as safetensors and ONNX, and verify it.
+
+    A run that was stopped, however it was, goes on where it was when the same command is given again.
+    """
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import export as run_export
 
@@ -189,8 +197,11 @@ def export(
         verify=verify,
         data=data,
         max_drop=max_drop,
+        max_shard_bytes=_bytes(max_shard_size, "--max-shard-size"),
+        activation_memory=_bytes(activation_memory, "--activation-memory"),
+        fresh=fresh,
     )
-    with _bars(as_json) as progress:
+    with _kept_to_go_on(name), _bars(as_json) as progress:
         done = run_export(request, progress)
     if as_json:
         verdict = done.verdict and _verdict_json(done.verdict)
@@ -346,6 +357,31 @@ def _options(given: list[str]) -> dict[str, Any]:
     return options
 
 
+def _bytes(size: str, flag: str) -> int:
+    """5GB, 512MiB, 1000000: a size in bytes."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from vlmq.exporter.errors import VlmqError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise VlmqError(f"{flag} {size}: not a size; write one like 512MiB or 5GB") from None
+
+
+@contextmanager
+def _kept_to_go_on(output: Path) -> Iterator[None]:
+    """Say so where a run ends early and what it finished is kept."""
+    from vlmq.exporter.journal import folder_of
+
+    try:
+        yield
+    except BaseException:
+        if folder_of(output).is_dir():
+            typer.echo("vlmq: what is finished is kept; the same command goes on from there", err=True)
+        raise
+
+
 def _verdict_json(verdict: "Verdict") -> dict[str, object]:
     from vlmq.exporter.evaluation.report import as_dict
 
@@ -420,9 +456,18 @@ def _print_tree(found: "Inspection") -> None:
 
 
 @contextmanager
-def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback: one bar with its ETA for each thing under way, and nothing where nobody watches."""
-    if quiet or not sys.stderr.isatty():
+def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback: a bar with its ETA for each thing under way, and the memory in use; nothing where nobody
+    watches; an event in a line of JSON on stderr for programs."""
+    import psutil
+
+    memory = psutil.Process().memory_info
+    if as_json:
+        yield lambda what, done, of: typer.echo(
+            json.dumps({"event": "progress", "what": what, "done": done, "of": of, "resident": memory().rss}), err=True
+        )
+        return
+    if not sys.stderr.isatty():
         yield lambda what, done, of: None
         return
     from rich.console import Console
@@ -441,14 +486,15 @@ def _bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, of: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done)
+                tasks[what] = bars.add_task(what, total=of, completed=done, memory="")
+            bars.update(tasks[what], completed=done, memory=f"{memory().rss / 2**30:.2f} GiB")
 
         yield progress
 

@@ -5,15 +5,16 @@ but played back from what their (quantized) blocks put out. So masks, positions 
 the text are the model's own code, and only one block's weights are in memory.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from vlmq.exporter.activations import Activations, Kept
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
 from vlmq.exporter.images import open_image
@@ -28,41 +29,98 @@ ROWS = 1024  # of an input are kept as they are, for methods that round them
 Inputs = dict[str, Tensor]
 
 
-@dataclass
 class Call:
     """The arguments of one block for one batch; `hidden` is replaced as the blocks go by.
 
-    reference: the same call among full-precision blocks, where they run alongside (on the embedding as it will be).
-    vision: which tokens (batch, sequence) are of the image; None where all are, or nobody asks.
+    Its tensors wait in `activations`. reference: the same call among full-precision blocks, where they run alongside
+    (on the embedding as it will be). vision: which tokens (batch, sequence) are of the image; None where all are, or
+    nobody asks.
     """
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reference: "Call | None" = None
-    vision: Tensor | None = None
+    def __init__(
+        self,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reference: "Call | None" = None,
+        vision: Tensor | None = None,
+        activations: Activations | None = None,
+    ) -> None:
+        self.activations = activations or Activations()
+        self.place = self.activations.keep(hidden)
+        self.by_name = "hidden_states" in kwargs
+        self._args = _kept(args, self.activations)
+        self._kwargs = _kept(
+            {name: value for name, value in kwargs.items() if name != "hidden_states"}, self.activations
+        )
+        self.reference, self.vision = reference, vision
 
-    def run(self, block: nn.Module) -> Tensor:
-        if "hidden_states" in self.kwargs:
-            return _tensor(block(*self.args, **{**self.kwargs, "hidden_states": self.hidden}))
-        return _tensor(block(self.hidden, *self.args, **self.kwargs))
+    @property
+    def hidden(self) -> Tensor:
+        return self.place.read()
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        self.place = self.activations.keep(value)
+
+    def run(self, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """What the block makes of `hidden`, or of others."""
+        hidden = self.hidden if hidden is None else hidden
+        args, kwargs = _read(self._args), _read(self._kwargs)
+        output = block(*args, hidden_states=hidden, **kwargs) if self.by_name else block(hidden, *args, **kwargs)
+        return _tensor(output)
 
 
-Played = list[tuple[tuple[Block, ...], dict[int, Tensor]]]
+def _kept(value: Any, activations: Activations) -> Any:
+    """Arguments of a module with every tensor put away."""
+    match value:
+        case Tensor():
+            return activations.keep(value)
+        case tuple() | list():
+            return tuple(_kept(each, activations) for each in value)
+        case dict():
+            return {name: _kept(each, activations) for name, each in value.items()}
+    return value
 
 
-@dataclass
+def _read(value: Any) -> Any:
+    """Arguments that were put away."""
+    match value:
+        case Kept():
+            return value.read()
+        case tuple():
+            return tuple(_read(each) for each in value)
+        case dict():
+            return {name: _read(each) for name, each in value.items()}
+    return value
+
+
+Played = list[tuple[tuple[Block, ...], dict[int, Kept]]]
+
+
 class Calibration:
     """Batches of prepared samples, and the outputs of the stages that have run: what later stages are played.
 
     alongside: whether the full-precision model runs alongside the quantized one.
     """
 
-    model: PreTrainedModel
-    batches: list[Inputs]
-    alongside: bool = False
-    played: Played = field(default_factory=list)
-    reference_played: Played = field(default_factory=list)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Inputs],
+        alongside: bool = False,
+        activations: Activations | None = None,
+    ) -> None:
+        self.model, self.alongside = model, alongside
+        self.activations = activations or Activations()
+        self.played: Played = []
+        self.reference_played: Played = []
+        self._batches = [_kept(batch, self.activations) for batch in batches]
+
+    @property
+    def batches(self) -> list[Inputs]:
+        """All of them, in memory."""
+        return [_read(batch) for batch in self._batches]
 
     @torch.no_grad()
     def calls(self, stage: tuple[Block, ...]) -> dict[int, Call]:
@@ -73,7 +131,7 @@ class Calibration:
         first = self.model.get_submodule(stage[0].name)
         reaching = [
             index
-            for index, batch in enumerate(self.batches)
+            for index, batch in enumerate(self._batches)
             if "pixel_values" in batch or stage[0].component == "language"
         ]
         calls = {index: self._catch(first, index, self.played) for index in reaching}
@@ -81,20 +139,52 @@ class Calibration:
             if self.alongside:
                 call.reference = self._catch(first, index, self.reference_played)
             if stage[0].component == "language":
-                call.vision = vision_tokens(self.batches[index], self.model.config)
+                call.vision = vision_tokens({"input_ids": _read(self._batches[index]["input_ids"])}, self.model.config)
         return calls
 
     def finish(self, stage: tuple[Block, ...], calls: dict[int, Call]) -> None:
         """Remember what a stage put out."""
-        self.played.append((stage, {index: call.hidden for index, call in calls.items()}))
-        references = {index: call.reference.hidden for index, call in calls.items() if call.reference}
+        self.played.append((stage, {index: call.place for index, call in calls.items()}))
+        references = {index: call.reference.place for index, call in calls.items() if call.reference}
         self.reference_played.append((stage, references))
+
+    def state(self, calls: Mapping[int, Call]) -> dict[str, Any]:
+        """What lies behind the blocks that have run, made durable: the names of files. calls: of the running stage."""
+
+        def saved(places: Mapping[int, Kept]) -> dict[str, str]:
+            return dict(zip(map(str, places), self.activations.save(places.values()), strict=True))
+
+        return {
+            "hidden": saved({index: call.place for index, call in calls.items()}),
+            "reference": saved({index: call.reference.place for index, call in calls.items() if call.reference}),
+            "played": [saved(outputs) for _, outputs in self.played],
+            "reference_played": [saved(outputs) for _, outputs in self.reference_played],
+        }
+
+    def restore(self, state: Mapping[str, Any], stages: Sequence[tuple[Block, ...]]) -> None:
+        """Go on behind the stages that an earlier run finished."""
+        for key, played in (("played", self.played), ("reference_played", self.reference_played)):
+            for stage, names in zip(stages, state[key], strict=False):
+                played.append((stage, self._restored(names)))
+
+    def resume(self, state: Mapping[str, Any], calls: Mapping[int, Call]) -> None:
+        """Move the calls of a stage on to where an earlier run was in it."""
+        for index, place in self._restored(state["hidden"]).items():
+            calls[index].place = place
+        for index, place in self._restored(state["reference"]).items():
+            reference = calls[index].reference
+            assert reference is not None
+            reference.place = place
+
+    def _restored(self, names: Mapping[str, str]) -> dict[int, Kept]:
+        return {int(index): self.activations.restore(name) for index, name in names.items()}
 
     def _catch(self, block: nn.Module, index: int, played: Played) -> Call:
         caught: list[Call] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(Call(args[0], args[1:], kwargs) if args else Call(kwargs["hidden_states"], (), kwargs))
+            hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+            caught.append(Call(hidden, rest, kwargs, activations=self.activations))
             raise _Reached
 
         hook = block.register_forward_pre_hook(catch, with_kwargs=True)
@@ -102,8 +192,8 @@ class Calibration:
             with ExitStack() as stubs:
                 for stage, outputs in played:
                     if index in outputs:
-                        stubs.enter_context(_playing(self.model, stage, outputs[index]))
-                self.model(**self.batches[index], use_cache=False)
+                        stubs.enter_context(_playing(self.model, stage, outputs[index].read()))
+                self.model(**_read(self._batches[index]), use_cache=False)
         except _Reached:
             return caught[0]
         finally:

@@ -132,9 +132,9 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def release(module: nn.Module) -> None:
+def release(module: nn.Module, recurse: bool = True) -> None:
     """Put a module's parameters back on the meta device: their memory is free again."""
-    for name, parameter in list(module.named_parameters()):
+    for name, parameter in list(module.named_parameters(recurse=recurse)):
         _assign(module, name, parameter.detach().to("meta"))
 
 

@@ -5,7 +5,7 @@ call.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,17 @@ def dependencies(
     The full-precision blocks run on full-precision hidden states where these are known, with 2**bits levels between
     the extremes of each block's output. One block at a time is in memory.
     """
-    running = [replace(call.reference or call) for call in _some(calls)]
-    chosen = _positions([call.hidden for call in running])
+    running = [call.reference or call for call in _some(calls)]
+    hidden = [call.hidden for call in running]
+    chosen = _positions(hidden)
     found: list[float] = []
     before: Tensor | None = None
     for block in stage:
         module = model.get_submodule(block.name)
         checkpoint.fill(module, block.name)
-        for call in running:
-            call.hidden = call.run(module)
+        hidden = [call.run(module, each) for call, each in zip(running, hidden, strict=True)]
         release(module)
-        assigned = _assigned([call.hidden for call in running], chosen, bits)
+        assigned = _assigned(hidden, chosen, bits)
         if before is not None:
             found.append(qvlm.conditional_entropy(before, assigned).item())
         before = assigned
@@ -75,8 +75,9 @@ def search(
         _Layer(model.get_submodule(block.name), rounding, _candidates(block, rows))
         for block, rounding in zip(span, roundings, strict=True)
     ]
-    some = [replace(call, vision=call.vision if last else None) for call in _some(calls)]
-    _, best = _best(layers, some, [call.hidden for call in some])
+    some = _some(calls)
+    counted = [None if call.vision is None or not last else ~call.vision for call in some]
+    _, best = _best(layers, some, counted, [call.hidden for call in some])
     limits: dict[str, Limits] = {}
     for layer, chosen in zip(layers, best, strict=True):
         layer.rounding.limits.update(chosen)
@@ -102,30 +103,33 @@ def _candidates(block: Block, rows: Mapping[str, Tensor]) -> tuple[Candidate, ..
     return tuple({name: qvlm.limits_at(rows[name], percentile) for name in searched} for percentile in percentiles)
 
 
-def _best(layers: Sequence[_Layer], calls: Sequence[Call], hidden: list[Tensor]) -> tuple[float, tuple[Candidate, ...]]:
+def _best(
+    layers: Sequence[_Layer], calls: Sequence[Call], counted: Sequence[Tensor | None], hidden: list[Tensor]
+) -> tuple[float, tuple[Candidate, ...]]:
     """The least error behind the last of the layers, and the candidates that give it.
 
-    A tree: candidates of a layer that share those before it share what these put out.
+    counted: the tokens of each call whose errors count; None: all. A tree: candidates of a layer that share those
+    before it share what these put out.
     """
     if not layers:
-        return _error(calls, hidden), ()
+        return _error(calls, counted, hidden), ()
     first, *later = layers
     found: list[tuple[float, tuple[Candidate, ...]]] = []
     for candidate in first.candidates:
         first.rounding.limits.update(candidate)
-        outputs = [replace(call, hidden=each).run(first.module) for call, each in zip(calls, hidden, strict=True)]
-        error, behind = _best(later, calls, outputs)
+        outputs = [call.run(first.module, each) for call, each in zip(calls, hidden, strict=True)]
+        error, behind = _best(later, calls, counted, outputs)
         found.append((error, (candidate, *behind)))
     return min(found, key=lambda pair: pair[0])  # the first of equals
 
 
-def _error(calls: Sequence[Call], outputs: Sequence[Tensor]) -> float:
+def _error(calls: Sequence[Call], counted: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> float:
     total = 0.0
-    for call, output in zip(calls, outputs, strict=True):
+    for call, which, output in zip(calls, counted, outputs, strict=True):
         assert call.reference is not None  # the engine runs the full-precision model alongside for this method
         target = call.reference.hidden
         errors = (output - target).double().square().sum(-1) / target.double().square().sum(-1).clamp(min=1e-12)
-        total += (errors if call.vision is None else errors[~call.vision]).sum().item()
+        total += (errors if which is None else errors[which]).sum().item()
     return total
 
 

@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter import ends
+from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
 from vlmq.exporter.evaluation.verify import Verdict, verify
+from vlmq.exporter.journal import journaled
 from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.progress import Progress
@@ -31,14 +33,19 @@ from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.writing import Written, write_weights
 from vlmq.formats import compressed_tensors, manifest, onnx_graphs
-from vlmq.formats.folder import copy_companions, staged
+from vlmq.formats.folder import copy_companions, refuse_place, staged
+from vlmq.formats.shards import MAX_SHARD_BYTES
 
 Formats = Literal["safetensors", "onnx", "both"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """All that an export depends on."""
+    """All that an export depends on.
+
+    activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
+    fresh: begin anew where an earlier run was stopped.
+    """
 
     model: str
     output: Path
@@ -53,6 +60,9 @@ class Request:
     verify: bool = True
     data: str | None = None
     max_drop: float | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    activation_memory: int = MEMORY
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Exported:
 
 def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone."""
+    refuse_place(request.output)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
@@ -89,19 +100,24 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
         request.text_only,
         request.verify,
     )
-    with staged(request.output) as folder:
-        calibration = _calibration(checkpoint, model, assignment, data.calibration)
-        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress)
+    source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
+    identity = _identity(request, source, data)
+    with (
+        journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
+        staged(request.output) as folder,
+    ):
+        calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
+        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, journal)
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
-                written = _write_safetensors(checkpoint, blocks, assignment, Path(beside))
+                written = _write_safetensors(checkpoint, blocks, assignment, Path(beside), request.max_shard_bytes)
                 _write_onnx(Path(beside), folder, request.accuracy_level, progress)
             copy_companions(checkpoint.folder, folder, changes=checkpoint.changes)
         else:
-            written = _write_safetensors(checkpoint, blocks, assignment, folder)
+            written = _write_safetensors(checkpoint, blocks, assignment, folder, request.max_shard_bytes)
             if request.formats == "both":
                 _write_onnx(folder, folder, request.accuracy_level, progress)
-        made = _manifest(request, checkpoint, assignment, data, written, folder)
+        made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
     verdict = None
     if data.evaluation:
@@ -134,19 +150,34 @@ def verify_folder(
     return verdict
 
 
+def _identity(request: Request, source: manifest.Source, data: datas.Data) -> dict[str, Any]:
+    """What the quantized blocks depend on, as a journal tells it: a run goes on only where it all is the same."""
+    samples = data.calibration
+    return {
+        "version": vlmq.__version__,
+        "source": source.model_dump(mode="json")["files"],
+        "recipe": request.recipe.content(),
+        "calibration": samples and [ids_sha256(samples.samples), data.digests],
+    }
+
+
 def _calibration(
-    checkpoint: Checkpoint, model: nn.Module, assignment: Assignment, samples: Samples | None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    assignment: Assignment,
+    samples: Samples | None,
+    activations: Activations,
 ) -> Calibration | None:
     if samples is None:
         return None
     batches = prepare(samples.samples, open_processor(checkpoint.folder), checkpoint.family)
-    return Calibration(model, batches, needs_reference(assignment))
+    return Calibration(model, batches, needs_reference(assignment), activations)
 
 
 def _write_safetensors(
-    checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path
+    checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path, max_shard_bytes: int
 ) -> Written:
-    written = write_weights(checkpoint, blocks, folder)
+    written = write_weights(checkpoint, blocks, folder, max_shard_bytes)
     kept = {*assignment.kept, *(set(assignment.schemes) - set(written.grids))}
     config = compressed_tensors.quantization_config(written.grids, kept)
     copy_companions(checkpoint.folder, folder, config, checkpoint.changes)
@@ -160,7 +191,13 @@ def _write_onnx(weights: Path, folder: Path, accuracy_level: int, progress: Prog
 
 
 def _manifest(
-    request: Request, checkpoint: Checkpoint, assignment: Assignment, data: datas.Data, written: Written, folder: Path
+    request: Request,
+    source: manifest.Source,
+    checkpoint: Checkpoint,
+    assignment: Assignment,
+    data: datas.Data,
+    written: Written,
+    folder: Path,
 ) -> manifest.Manifest:
     def on_disk(module: str) -> str:
         place = checkpoint.places.get(f"{module}.weight")  # a tied head has no tensor of its own
@@ -176,7 +213,7 @@ def _manifest(
     )
     return manifest.Manifest(
         vlmq=vlmq.__version__,
-        source=manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision),
+        source=source,
         family=checkpoint.family.name,
         recipe=request.recipe.content(),
         calibration=calibration,

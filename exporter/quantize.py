@@ -5,7 +5,8 @@ recipe says so, to get the next block's inputs. Where ranges are searched across
 until theirs are found.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from vlmq.exporter import crosslayer, ends, modality, vision_tuning
 from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.journal import Journal
 from vlmq.exporter.methods.registry import METHODS, is_calibrated
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.recipe import Assignment
@@ -31,41 +33,53 @@ def quantize(
     assignment: Assignment,
     calibration: Calibration | None,
     progress: Progress = lambda what, done, of: None,
+    journal: Journal | None = None,
 ) -> Iterator[QuantizedBlock]:
-    """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs."""
-    done, count = 0, len(walk.blocks)
+    """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs.
+
+    journal: where every block is made durable before it is handed out, and from which those that an earlier run
+    finished come.
+    """
     given = Given(checkpoint, model, assignment.schemes)
-    if calibration:
+    stages = [stage for stage in walk.stages if not ends.is_embedding(stage)]
+    blocks = [block for stage in stages for block in stage]
+    for stage in walk.stages[: len(walk.stages) - len(stages)]:
+        yield ends.quantize_embedding(stage[0], given)
+    done = 0
+    if journal:
+        yield from journal.blocks(blocks, given.schemes)
+        done = journal.done
+    if calibration and done < len(blocks):
         given = _prepared(given, calibration)
-        _fill_outside(checkpoint, model, walk)
-    for stage in walk.stages:
-        if ends.is_embedding(stage):
-            yield ends.quantize_embedding(stage[0], given)
-            done += 1
+        if journal and journal.state:
+            calibration.restore(journal.state, stages)
+    for stage in stages:
+        ahead = done - blocks.index(stage[0])  # of its blocks are finished
+        if ahead >= len(stage):
             continue
-        calls = calibration.calls(stage) if calibration else {}
-        schemes = [
-            assignment.schemes[site.name] for block in stage for site in block.sites if site.name in given.schemes
-        ]
-        if calibration and not calls and any(is_calibrated(scheme) for scheme in schemes):
-            what = stage[0].component
-            raise VlmqError(
-                f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16"
-            )
-        with ends.unread(model, stage):
-            if (
-                calibration
-                and any(vision_tuning.is_tuned(scheme) for scheme in schemes)
-                and stage[0].component == "vision"
-            ):
-                given = _tuned(stage, given, calibration)
-            for span in _spans(stage, given, list(calls.values())):
-                progress("quantizing", done, count)
-                yield from _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
-                done += len(span)
+        calls: dict[int, Call] = {}
         if calibration:
-            calibration.finish(stage, calls)
-    progress("quantizing", count, count)
+            with _outside(given, walk):
+                calls = calibration.calls(stage)
+            _check_seen(stage, given, calls)
+        with ends.unread(model, stage):
+            if calibration and _is_tuned(stage, given):
+                given = _tuned(stage, given, calibration)
+            spans = _spans(stage, given, list(calls.values()))
+            if calibration and journal and journal.state and ahead > 0:
+                calibration.resume(journal.state, calls)
+            for span in spans:
+                if stage.index(span[0]) < ahead:
+                    continue
+                progress("quantizing", done, len(blocks))
+                found = _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
+                done += len(span)
+                if calibration and span[-1] is stage[-1]:
+                    calibration.finish(stage, calls)
+                if journal:
+                    journal.step(found, calibration.state(calls) if calibration else None)
+                yield from found
+    progress("quantizing", len(blocks), len(blocks))
 
 
 def needs_reference(assignment: Assignment) -> bool:
@@ -79,6 +93,11 @@ def _prepared(given: Given, calibration: Calibration) -> Given:
         weights = modality.floored(modality.weights(given.checkpoint, calibration.batches))
         return replace(given, vision_weights=weights)
     return given
+
+
+def _is_tuned(stage: tuple[Block, ...], given: Given) -> bool:
+    sites = [site for block in stage for site in block.sites if site.component == "vision"]
+    return any(vision_tuning.is_tuned(given.schemes.get(site.name)) for site in sites)
 
 
 def _tuned(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> Given:
@@ -102,10 +121,10 @@ def _spans(stage: tuple[Block, ...], given: Given, calls: list[Call]) -> list[tu
     return crosslayer.spans(stage, found, minding[0].options.threshold)
 
 
-def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], last: bool) -> Iterator[QuantizedBlock]:
+def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], last: bool) -> list[QuantizedBlock]:
     """Solve the blocks of a span and run them on, the ranges of their inputs searched where a method does that: block
     by block, so that each is solved on what the ones before it will put out, then for all of the span together."""
-    starts = [call.hidden for call in calls]
+    starts = [call.place for call in calls]
     finished: list[QuantizedBlock] = []
     roundings: list[InputRounding] = []
 
@@ -125,14 +144,14 @@ def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], las
         _run(module, calls)
     if len(span) > 1:
         for call, start in zip(calls, starts, strict=True):
-            call.hidden = start
+            call.place = start
         search(span)
         for block in span:
             _run(given.model.get_submodule(block.name), calls)
-    yield from finished
     for block, rounding in zip(span, roundings, strict=True):
         rounding.remove()
         release(given.model.get_submodule(block.name))
+    return finished
 
 
 def _rounding(model: nn.Module, found: QuantizedBlock) -> InputRounding:
@@ -151,9 +170,25 @@ def _run(module: nn.Module, calls: list[Call]) -> None:
         call.hidden = call.run(module)
 
 
-def _fill_outside(checkpoint: Checkpoint, model: nn.Module, walk: Walk) -> None:
-    """Read what lies outside the blocks and runs before them: embeddings, norms, query tokens; not the output head."""
+@contextmanager
+def _outside(given: Given, walk: Walk) -> Iterator[None]:
+    """What lies outside the blocks and runs before them is in memory: embeddings, norms, query tokens; not the head."""
     skipped = tuple(f"{name}." for name in (*(block.name for block in walk.blocks), *walk.kept))
-    for name, module in model.named_modules():
-        if not f"{name}.".startswith(skipped):
-            checkpoint.fill(module, name, recurse=False)
+    found = [
+        (name, module)
+        for name, module in given.model.named_modules()
+        if not f"{name}.".startswith(skipped)
+        and any(parameter.is_meta for parameter in module.parameters(recurse=False))  # a quantized embedding is there
+    ]
+    for name, module in found:
+        given.checkpoint.fill(module, name, recurse=False)
+    yield
+    for _, module in found:
+        release(module, recurse=False)
+
+
+def _check_seen(stage: tuple[Block, ...], given: Given, calls: Mapping[int, Call]) -> None:
+    schemes = [given.schemes[site.name] for block in stage for site in block.sites if site.name in given.schemes]
+    if not calls and any(is_calibrated(scheme) for scheme in schemes):
+        what = stage[0].component
+        raise VlmqError(f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from vlmq.formats.errors import FormatError
 
@@ -33,23 +34,31 @@ COMPANIONS = (
 )
 
 
+def refuse_place(final: Path) -> None:
+    """FormatError where `final` exists, or where its parent is missing or cannot be written."""
+    parent = Path(os.path.abspath(final)).parent
+    if os.path.lexists(final):
+        raise FormatError(f"{final}: exists already; choose another --output or remove it")
+    if not parent.is_dir():
+        raise FormatError(f"{parent}: no such folder; create it or choose another --output")
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise FormatError(f"{parent}: cannot be written ({error.strerror}); choose another --output") from None
+
+
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
     """A hidden folder beside `final` to write in, renamed to `final` when the block ends well.
 
-    On any other end, Ctrl-C included, it is removed and nothing has appeared under the final name. FormatError when
-    `final` exists, or when its parent is missing or cannot be written.
+    On any other end, Ctrl-C included, it is removed and nothing has appeared under the final name. FormatError as
+    `refuse_place` has it.
     """
     final = Path(os.path.abspath(final))
-    if os.path.lexists(final):
-        raise FormatError(f"{final}: exists already; choose another --output or remove it")
-    if not final.parent.is_dir():
-        raise FormatError(f"{final.parent}: no such folder; create it or choose another --output")
+    refuse_place(final)
     stage = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
-    try:
-        stage.mkdir()
-    except OSError as error:
-        raise FormatError(f"{final.parent}: cannot be written ({error.strerror}); choose another --output") from None
+    stage.mkdir()
     try:
         yield stage
         _to_disk(stage)

@@ -191,7 +191,9 @@ def test_an_output_place_that_is_read_only_is_refused(vlmq, tiny_folders):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_export_leaves_nothing_and_says_so(number, tiny_folders, random_samples, tmp_path):
+def test_a_stopped_export_keeps_what_is_finished_and_goes_on_when_asked_again(
+    number, tiny_folders, random_samples, tmp_path
+):
     flags = (
         "--group-size",
         "32",
@@ -212,13 +214,43 @@ def test_a_stopped_export_leaves_nothing_and_says_so(number, tiny_folders, rando
         str(tmp_path / "out"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob(".out.partial-*/*")):
+    while process.poll() is None and not (tmp_path / ".out.journal" / "state.json").exists():
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 128 + number
-    assert err.splitlines()[-1] == "vlmq: stopped"
-    assert list(tmp_path.iterdir()) == []
+    assert err.splitlines()[-2:] == [
+        "vlmq: stopped",
+        "vlmq: what is finished is kept; the same command goes on from there",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_progress_is_told_to_programs_as_events(vlmq, tiny_folders, tmp_path):
+    flags = (*PLAIN, "--format", "safetensors", "--json", "-o", tmp_path / "out")
+    _, out, err = vlmq("export", tiny_folders["blip2-opt"], *flags)
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert json.loads(out)["folder"] == str(tmp_path / "out")
+    assert [event["done"] for event in events] == list(range(events[0]["of"] + 1))
+    assert all(event["what"] == "quantizing" and event["resident"] > 10**7 for event in events)
+
+
+@pytest.mark.parametrize("flag", ["--max-shard-size", "--activation-memory"])
+def test_a_size_that_is_none_is_refused(flag, vlmq, tiny_folders, tmp_path):
+    code, _, err = vlmq("export", tiny_folders["blip2-opt"], *PLAIN, flag, "much", "-o", tmp_path / "out")
+    assert (code, err) == (2, f"vlmq: {flag} much: not a size; write one like 512MiB or 5GB\n")
+
+
+def test_weights_are_written_in_shards_of_the_size_that_is_asked_for(vlmq, tiny_folders, tmp_path):
+    flags = (*PLAIN, "--format", "safetensors", "--max-shard-size", "100kB", "-o", tmp_path / "out")
+    code, _, _ = vlmq("export", tiny_folders["blip2-opt"], *flags)
+    assert code == 0
+    files = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 1
+    largest = max(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert all(file.stat().st_size < max(100_000, largest) + 20_000 for file in files)
 
 
 @pytest.mark.parametrize(("drop", "code"), [(0.5, 0), (3.0, 1)])

@@ -167,10 +167,10 @@ def test_a_missing_parent_is_refused(tmp_path):
 
 
 def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
-    def refuse(path: Path) -> None:  # root writes anywhere, so the mode of a folder would prove nothing
+    def refuse(**where: object) -> None:  # root writes anywhere, so the mode of a folder would prove nothing
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(folders, "TemporaryFile", refuse)
     with (
         pytest.raises(FormatError, match="cannot be written \\(Permission denied\\); choose another"),
         staged(tmp_path / "out"),

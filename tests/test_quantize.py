@@ -87,7 +87,7 @@ def test_every_block_saw_what_the_whole_quantized_model_gives_it(recipe, variant
     for index, batch in enumerate(calibration.batches):
         model(**batch)
         for stage, outputs in calibration.played:
-            torch.testing.assert_close(outputs[index], caught[stage[-1].name], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(outputs[index].read(), caught[stage[-1].name], rtol=1e-4, atol=1e-4)
 
 
 def test_awq_leaves_a_smaller_error_than_rtn_at_every_component(variant, tiny_folders, random_samples):
@@ -207,8 +207,8 @@ def test_the_reference_runs_alongside_on_what_the_full_precision_model_computes(
     for index, batch in enumerate(calibration.batches):
         model(**batch)
         for (stage, outputs), (_, quantized) in zip(calibration.reference_played, calibration.played, strict=True):
-            torch.testing.assert_close(outputs[index], caught[stage[-1].name], rtol=1e-4, atol=1e-4)
-            assert not torch.allclose(quantized[index], outputs[index], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(outputs[index].read(), caught[stage[-1].name], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(quantized[index].read(), outputs[index].read(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_range_for_a_whole_input_is_what_calibration_saw_there(tiny_folders, random_samples):
@@ -330,7 +330,9 @@ def test_ranges_are_tuned_of_what_smoothing_leaves(tmp_path, random_samples):
         options = {"vision_tuning": tuned, "cross_layer": False}
         _, calibration = run(tmp_path, "llava-llama", random_samples, **recipe, options=options)
         (_, outputs), (_, references) = calibration.played[0], calibration.reference_played[0]
-        errors[tuned] = sum((outputs[index] - references[index]).square().sum().item() for index in outputs)
+        errors[tuned] = sum(
+            (outputs[index].read() - references[index].read()).square().sum().item() for index in outputs
+        )
     assert errors[True] < 1.5 * errors[False]
 
 
