@@ -62,8 +62,14 @@ def _packed(work: Workload) -> Iterator[tuple[Site, Scheme]]:
 
 
 def dense_in_graphs(work: Workload) -> int:
-    """Elements of the other parameters of the graphs, where a tied head has a weight of its own."""
+    """Elements of the other parameters of the graphs: a tied head has its own weight there, a dead block none."""
     packed = {f"{site.name}.weight" for site, _ in _packed(work)}
     head = f"{ends.find(work.skeleton).head}.weight"
     once = {name for name, _ in work.skeleton.named_parameters()} | {head}
-    return sum(count for name, count in work.sizes.items() if name in once - packed)
+    return sum(count for name, count in work.sizes.items() if name in once - packed and not _is_dead(name, work))
+
+
+def _is_dead(name: str, work: Workload) -> bool:
+    """Whether a parameter is of a block whose output is never read."""
+    lists = tuple(f"{stage.path}." for stage in work.checkpoint.family.stages if not stage.single)
+    return name.startswith(lists) and not name.startswith(tuple(f"{block.name}." for block in work.walk.blocks))
