@@ -1,5 +1,6 @@
 """What this machine has to offer: memory within the limits of a container, and disk."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ def _left(mount: Path, path: str, files: _Files) -> Iterator[int]:
 
 
 def free_disk(place: Path) -> int:
-    """Bytes that can be written at a place that need not exist yet."""
+    """Bytes that can be written at a place that need not exist yet.
+
+    Where nothing can be stored at all, as in /proc, it is for the writer to say so, and not for want of room.
+    """
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    return psutil.disk_usage(str(existing)).free
+    usage = psutil.disk_usage(str(existing))
+    return usage.free if usage.total else sys.maxsize
