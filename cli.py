@@ -22,6 +22,7 @@ import vlmq
 if TYPE_CHECKING:
     from vlmq.exporter.evaluation.verify import Verdict
     from vlmq.exporter.inspection import Inspection
+    from vlmq.exporter.planning.plan import Plan
     from vlmq.exporter.recipe import Recipe
 
 DEFAULT_MODEL = "blip2-mini"
@@ -47,6 +48,11 @@ Data = Annotated[
 MaxDrop = Annotated[
     float | None,
     typer.Option(help="Points of accuracy that may be lost; else exit 1.  \\[default: 2 from 4 bits on]"),
+]
+Format = Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")]
+NumberOfSamples = Annotated[int, typer.Option(help="How many samples to calibrate on.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
@@ -148,7 +154,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: MODEL-METHOD-wBITS]")
     ] = None,
-    format: Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")] = "both",
+    format: Format = "both",
     accuracy_level: Annotated[
         Literal["0", "4"], typer.Option(help="onnxruntime's products: 0 in float32, 4 in int8 (faster, less exact).")
     ] = "0",
@@ -156,12 +162,10 @@ def export(
         str | None,
         typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  \\[default: the demo's; flickr30k]"),
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many samples to calibrate on.")] = 128,
+    samples: NumberOfSamples = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     text_only: Annotated[bool, typer.Option("--text-only", help="Allow samples without an image.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
-    ] = True,
+    verify: Verify = True,
     data: Data = None,
     max_drop: MaxDrop = None,
     revision: Revision = None,
@@ -305,6 +309,32 @@ def inspect(
         _print_json(asdict(found) | {"before": found.before, "after": found.after})
     else:
         _print_tree(found)
+
+
+@app.command()
+@_takes_recipe
+def plan(
+    recipe: Any,
+    model: Model = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the export would be written.")] = Path("out"),
+    format: Format = "both",
+    samples: NumberOfSamples = 128,
+    verify: Verify = True,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an export would make, and what memory and disk it would take; a config is enough. Exit 2: too much."""
+    from vlmq.exporter.pipeline import Request
+    from vlmq.exporter.pipeline import plan as planned
+    from vlmq.exporter.planning.plan import as_dict, refuse
+
+    request = Request(model, output, recipe, revision, formats=format, samples=samples, verify=verify)
+    found = planned(request)
+    if as_json:
+        _print_json(as_dict(found))
+    else:
+        _print_plan(found)
+    refuse(found)
 
 
 def _recipe(file: Path | None, flags: dict[str, Any]) -> "Recipe":
@@ -453,6 +483,36 @@ def _print_tree(found: "Inspection") -> None:
         kept.add(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
     console = Console()
     Console(width=None if console.is_terminal else 140).print(tree)
+
+
+def _print_plan(found: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:,.1f}"
+
+    made = Table("", "linears", "bits", title=f"{found.model} ({found.family})")
+    for heading in ("before, MB", "after, MB"):
+        made.add_column(heading, justify="right")
+    for name, part in found.components.items():
+        bits = ", ".join(map(str, part.bits))
+        made.add_row(name, str(part.linears), bits, megabytes(part.before), megabytes(part.after))
+    made.add_row("all else", "", "", *[megabytes(found.elsewhere)] * 2, end_section=True)
+    made.add_row(f"{found.parameters / 1e6:,.1f} M parameters", "", "", *map(megabytes, (found.before, found.after)))
+    tables = [made]
+    for what, needs, there in (("memory", found.memory, found.available_memory), ("disk", found.disk, found.free_disk)):
+        table = Table(what, title=f"{what}, step by step; {megabytes(there)} MB are free")
+        table.add_column("MB", justify="right")
+        table.add_column("why")
+        for need in needs:
+            table.add_row(f"[bold]{need.step}", f"[bold]{megabytes(need.bytes)}")
+            for part in (part for part in need.parts if part.bytes):
+                table.add_row(f"  {part.name}", megabytes(part.bytes), part.reason)
+            table.add_section()
+        tables.append(table)
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(*tables)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from vlmq.exporter import ends
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
@@ -11,7 +12,7 @@ from vlmq.exporter.families import COMPONENTS
 from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.walk import Block, Site
+from vlmq.exporter.walk import Block, Site, Walk
 from vlmq.formats import compressed_tensors
 from vlmq.kernels.grid import ROW, TENSOR, Grid
 
@@ -87,8 +88,14 @@ def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspecti
     checkpoint = rotate(open_checkpoint(model, revision, weights=False), recipe.rotate)
     skeleton = checkpoint.skeleton()
     plan = ends.plan(checkpoint, skeleton, recipe)
-    assignment = recipe.assign(plan)
-    width = _width(checkpoint)
+    return inspection(checkpoint, skeleton, plan, recipe.assign(plan), recipe.rotate)
+
+
+def inspection(
+    checkpoint: Checkpoint, skeleton: nn.Module, plan: Walk, assignment: Assignment, rotated: tuple[str, ...] = ()
+) -> Inspection:
+    """What the assignment makes of the linears of the walk `plan`; the skeleton is the checkpoint's."""
+    width = stored_dtype(checkpoint).itemsize
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     in_blocks = sum(site.rows * site.columns for site in plan.sites)
     components = {
@@ -96,14 +103,14 @@ def inspect(model: str, recipe: Recipe, revision: str | None = None) -> Inspecti
         for component in COMPONENTS
     }
     elsewhere = (parameters - in_blocks) * width
-    return Inspection(model, checkpoint.family.name, components, plan.kept, parameters, elsewhere, recipe.rotate)
+    return Inspection(checkpoint.name, checkpoint.family.name, components, plan.kept, parameters, elsewhere, rotated)
 
 
-def _width(checkpoint: Checkpoint) -> int:
-    """Bytes of a weight: as stored, or as the configuration says, or half precision."""
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of a checkpoint's weights: as stored, or as the configuration says, or half precision."""
     stored = next(iter(checkpoint.places), None)
     dtype = checkpoint.dtype(stored) if stored else checkpoint.config.dtype
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+    return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 
 def _grouped(blocks: list[Block], assignment: Assignment, width: int) -> Iterator[Blocks]:

@@ -24,6 +24,8 @@ from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.journal import journaled
 from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import is_calibrated
+from vlmq.exporter.planning import plan as planning
+from vlmq.exporter.planning.workload import Workload
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.quantize import needs_reference, quantize
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
@@ -31,6 +33,7 @@ from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
+from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
 from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import copy_companions, refuse_place, staged
@@ -86,16 +89,12 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
     refuse_for_format(assignment, request.formats)
-    looking = next((name for name, scheme in assignment.schemes.items() if is_calibrated(scheme)), None)
-    if looking and request.samples < 1:
-        raise VlmqError(
-            f"{request.samples} samples: {looking} needs at least one to be calibrated; choose a larger --samples"
-        )
+    planning.refuse(_planned(request, checkpoint, model, plan, assignment))
     data = datas.choose(
         checkpoint,
         request.calibration,
         request.data,
-        request.samples if looking else 0,
+        _samples(request, assignment),
         request.seed,
         request.text_only,
         request.verify,
@@ -127,6 +126,37 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
         report.write(verdict, request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
     return Exported(request.output, made, verdict, note)
+
+
+def plan(request: Request) -> planning.Plan:
+    """What the export of a request will make and need; the model's configuration is enough.
+
+    VlmqError for a recipe that is not meant for the model, or that the formats cannot hold.
+    """
+    checkpoint = rotate(open_checkpoint(request.model, request.revision, weights=False), request.recipe.rotate)
+    model = checkpoint.skeleton()
+    walk = ends.plan(checkpoint, model, request.recipe)
+    assignment = request.recipe.assign(walk)
+    refuse_for_format(assignment, request.formats)
+    return _planned(request, checkpoint, model, walk, assignment)
+
+
+def _planned(
+    request: Request, checkpoint: Checkpoint, model: nn.Module, walk: Walk, assignment: Assignment
+) -> planning.Plan:
+    samples = _samples(request, assignment)
+    work = Workload(checkpoint, model, walk, assignment, samples, request.formats, request.verify)
+    return planning.plan(work, request.output)
+
+
+def _samples(request: Request, assignment: Assignment) -> int:
+    """How many samples are calibrated on: none where no method looks at any."""
+    looking = next((name for name, scheme in assignment.schemes.items() if is_calibrated(scheme)), None)
+    if looking and request.samples < 1:
+        raise VlmqError(
+            f"{request.samples} samples: {looking} needs at least one to be calibrated; choose a larger --samples"
+        )
+    return request.samples if looking else 0
 
 
 def verify_folder(

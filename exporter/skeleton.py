@@ -4,6 +4,7 @@ A model built wholly on the meta device loses the buffers that no file holds (ro
 only the parameters are moved there, each as it is registered; none is ever filled.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model that `config` describes, in eval mode, every parameter on the meta device and of `dtype`."""
     with _parameters_on_meta():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        # A copy, because transformers notes `dtype` in the configuration, which says what the weights are stored in.
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
     # transformers draws this line for fp16 only: layers that overflow in it (BLIP-2's Q-Former) stay in float32.
     if dtype == torch.float16:
         _keep_in_float32(model, model._keep_in_fp32_modules or ())

@@ -67,6 +67,14 @@ def pack(weight: QuantizedWeight) -> NBitsWeight:
     )
 
 
+def packed_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2) -> int:
+    """Bytes of a weight of `shape` (out, in) in this layout, its scales stored in `scale_bytes` each."""
+    (rows, columns), container, block = shape, CONTAINERS[grid.bits], block_of(grid, shape[1])
+    blocks = -(-columns // block)
+    zeros = 0 if grid.symmetric else -(-blocks * container // 8)
+    return rows * (blocks * (block * container // 8 + scale_bytes) + zeros)
+
+
 def unpack(packed: NBitsWeight) -> QuantizedWeight:
     """The weight that was packed: the same codes, scale and zero."""
     grid, columns = packed.grid, packed.columns

@@ -89,15 +89,19 @@ def work(request: Request, here: Path, said: TextIO) -> None:
 
 
 def fitting(config: Any, wanted: int) -> int:
-    """The largest batch whose caches and logits, float32, stay within BATCH_BYTES; at least 1, at most `wanted`."""
+    """The largest batch whose caches and logits stay within BATCH_BYTES; at least 1, at most `wanted`."""
+    return max(1, min(wanted, BATCH_BYTES // sample_bytes(config)))
+
+
+def sample_bytes(config: Any) -> int:
+    """Bytes of the caches and logits of one sample, float32."""
     text = config.text_config
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     tokens = (
         getattr(config, "num_query_tokens", None) or getattr(config, "image_seq_length", None) or 576
     ) + PROMPT_TOKENS
-    sample = 4 * tokens * (2 * text.num_hidden_layers * width + text.vocab_size)
-    return max(1, min(wanted, BATCH_BYTES // sample))
+    return 4 * tokens * (2 * text.num_hidden_layers * width + text.vocab_size)
 
 
 def _threads(engine: Engine) -> int:

@@ -1,0 +1,75 @@
+"""How much disk an export takes, at its output's place: while it runs, and when it is done."""
+
+from collections.abc import Iterator
+
+import torch
+
+from vlmq.exporter import ends
+from vlmq.exporter.inspection import inspection, stored_dtype
+from vlmq.exporter.planning.workload import FLOAT, Need, Part, Workload
+from vlmq.exporter.scheme import Scheme
+from vlmq.exporter.walk import Site
+from vlmq.formats.shards import MAX_SHARD_BYTES
+from vlmq.kernels import nbits
+
+REMEDY = "free some, or choose another --output"
+
+
+def needs(work: Workload) -> tuple[Need, ...]:
+    """The most that each step of an export holds on disk."""
+    written = safetensors(work)
+    tensors = Part("safetensors", written, "all tensors, quantized or not")
+    quantizing = (
+        tensors,
+        Part("a shard", min(written, MAX_SHARD_BYTES), "is there twice while it is finished"),
+        Part("activations", work.activations_on_disk, "hidden states that do not fit in memory"),
+    )
+    found = [Need("quantizing", quantizing, REMEDY)]
+    if work.formats != "safetensors":
+        parts = (tensors, Part("ONNX graphs", graphs(work), "and the weights beside them"))
+        found.append(Need("writing ONNX graphs", parts, f"choose --format safetensors, {REMEDY}"))
+    return tuple(found)
+
+
+def safetensors(work: Workload) -> int:
+    """Bytes of all tensors that an export writes, without the files' headers."""
+    return inspection(work.checkpoint, work.skeleton, work.walk, work.assignment).after
+
+
+def graphs(work: Workload) -> int:
+    """Bytes of the weights of the ONNX graphs."""
+    return packed_in_graphs(work) + dense_in_graphs(work) * graph_float(work)
+
+
+def graph_float(work: Workload) -> int:
+    """Bytes of a float in the graphs, which have no bfloat16."""
+    return 2 if stored_dtype(work.checkpoint) == torch.float16 else FLOAT
+
+
+def packed_in_graphs(work: Workload) -> int:
+    """Bytes of the packed linears of the graphs."""
+    scale = graph_float(work)
+    return sum(nbits.packed_bytes((site.rows, site.columns), scheme.grid, scale) for site, scheme in _packed(work))
+
+
+def _packed(work: Workload) -> Iterator[tuple[Site, Scheme]]:
+    """The linears that are packed: not an embedding, nor a linear of which some rows stay dense."""
+    for block in work.walk.blocks:
+        for site, scheme in (found for entry in block.inputs for found in work.quantized(entry)):
+            dense = scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows
+            if site.kind != "embedding" and not dense:
+                yield site, scheme
+
+
+def dense_in_graphs(work: Workload) -> int:
+    """Elements of the other parameters of the graphs: a tied head has its own weight there, a dead block none."""
+    packed = {f"{site.name}.weight" for site, _ in _packed(work)}
+    head = f"{ends.find(work.skeleton).head}.weight"
+    once = {name for name, _ in work.skeleton.named_parameters()} | {head}
+    return sum(count for name, count in work.sizes.items() if name in once - packed and not _is_dead(name, work))
+
+
+def _is_dead(name: str, work: Workload) -> bool:
+    """Whether a parameter is of a block whose output is never read."""
+    lists = tuple(f"{stage.path}." for stage in work.checkpoint.family.stages if not stage.single)
+    return name.startswith(lists) and not name.startswith(tuple(f"{block.name}." for block in work.walk.blocks))
