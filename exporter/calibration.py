@@ -23,7 +23,7 @@ from vlmq.exporter.samples import IMAGE_MARK, Sample, prompt_of
 from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block
 
-BATCH = 16  # samples of equal length that run together
+BATCH, TOKENS = 16, 4096  # samples of equal length, and tokens of theirs, that run together at most
 ROWS = 1024  # of an input are kept as they are, for methods that round them
 
 Inputs = dict[str, Tensor]
@@ -238,10 +238,15 @@ def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family
             check_image_tokens(processor, text, inputs["input_ids"][0].numpy())
         prepared.setdefault((inputs["input_ids"].shape[1], image is None), []).append(inputs)
     return [
-        {key: torch.cat([inputs[key] for inputs in same[start : start + BATCH]]) for key in same[0]}
-        for _, same in sorted(prepared.items())
-        for start in range(0, len(same), BATCH)
+        {key: torch.cat([inputs[key] for inputs in same[start : start + together(length)]]) for key in same[0]}
+        for (length, _), same in sorted(prepared.items())
+        for start in range(0, len(same), together(length))
     ]
+
+
+def together(tokens: int) -> int:
+    """How many samples of so many tokens run together."""
+    return max(1, min(BATCH, TOKENS // tokens))
 
 
 def vision_tokens(batch: Inputs, config: PretrainedConfig) -> Tensor:

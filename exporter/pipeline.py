@@ -145,7 +145,8 @@ def _planned(
     request: Request, checkpoint: Checkpoint, model: nn.Module, walk: Walk, assignment: Assignment
 ) -> planning.Plan:
     samples = _samples(request, assignment)
-    work = Workload(checkpoint, model, walk, assignment, samples, request.formats, request.verify)
+    formats, memory = request.formats, request.activation_memory
+    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory)
     return planning.plan(work, request.output)
 
 

@@ -182,7 +182,7 @@ def test_what_holds_the_whole_model_is_a_step_of_its_own(configurations):
 @pytest.mark.parametrize(
     ("offered", "formats", "said"),
     [
-        ({"free_disk": 1000}, "safetensors", "quantizing needs 0.00 GB of disk (safetensors"),
+        ({"free_disk": 1000}, "safetensors", "quantizing needs 0.00 GB of disk (the journal"),
         ({"available_memory": 1000}, "safetensors", "GB of memory (Python and its libraries"),
     ],
 )

@@ -22,7 +22,8 @@ def needs(work: Workload) -> tuple[Need, ...]:
     quantizing = (
         tensors,
         Part("a shard", min(written, MAX_SHARD_BYTES), "is there twice while it is finished"),
-        Part("activations", work.activations_on_disk, "hidden states that do not fit in memory"),
+        Part("the journal", work.codes, "what is finished, a byte for each code, for a stopped run to go on from"),
+        Part("activations", work.activations_on_disk, "hidden states, for the same"),
     )
     found = [Need("quantizing", quantizing, REMEDY)]
     if work.formats != "safetensors":

@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from vlmq.exporter.calibration import BATCH
+from vlmq.exporter.activations import MEMORY
+from vlmq.exporter.calibration import together
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.inspection import stored_dtype
 from vlmq.exporter.quantize import needs_reference
@@ -20,7 +21,6 @@ from vlmq.exporter.walk import Block, Input, Site, Walk
 FLOAT = 4  # bytes of a float32
 CHANNELS = 3  # of a picture: red, green, blue
 TEXT = 32  # tokens of a prompt and its answer: captions and VQAv2's questions have fewer
-ACTIVATION_MEMORY = 2**30  # bytes of hidden states that wait in memory; the others wait on disk
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Workload:
     samples: int
     formats: Literal["safetensors", "onnx", "both"]
     verify: bool
-    activation_memory: int = ACTIVATION_MEMORY
+    activation_memory: int = MEMORY
 
     @property
     def batch(self) -> int:
         """Samples that run together."""
-        return min(self.samples, BATCH)
+        speaking = next(block for block in reversed(self.walk.blocks) if block.component == "language")
+        return min(self.samples, together(self.tokens(speaking)))
 
     @property
     def stored(self) -> int:
@@ -120,8 +121,12 @@ class Workload:
 
     @property
     def activations_on_disk(self) -> int:
-        """Bytes of them that do not fit in memory, the widest stage's twice: a block's inputs stay until all of its
-        outputs are there."""
-        beyond = self.activations - self.activation_memory
-        again = self.samples * max(self.hidden(stage) for stage in self.walk.stages)
-        return 0 if beyond <= 0 else beyond + again
+        """Bytes of them in files: all, for a stopped run to go on from, and the widest stage's twice, for a block's
+        inputs stay until all of its outputs are there."""
+        return self.activations + self.samples * max(self.hidden(stage) for stage in self.walk.stages)
+
+    @property
+    def codes(self) -> int:
+        """Bytes of the codes of all quantized linears, before they are packed."""
+        linears = (site for site in self.walk.sites if site.name in self.assignment.schemes)
+        return sum(site.rows * site.columns for site in linears)
