@@ -124,9 +124,7 @@ def measure(scores: Scores, name: str, seed: int = 0, progress: Progress = lambd
     )
 
 
-def _table(
-    components: Sequence[str], by_seed: np.ndarray, by_resample: np.ndarray
-) -> dict[str, dict[str, Share]]:
+def _table(components: Sequence[str], by_seed: np.ndarray, by_resample: np.ndarray) -> dict[str, dict[str, Share]]:
     """by_seed (seeds, measures, components), by_resample (resamples, measures, components)  ->  shares."""
     low, high = np.nanquantile(by_resample, (0.025, 0.975), axis=0)  # NaN: a resample in which nothing varied
     columns = np.stack([by_seed[0], low, high, np.nanmin(by_seed, axis=0), np.nanmax(by_seed, axis=0)], axis=-1)

@@ -69,7 +69,9 @@ def measures(found: Sequence[Importance]) -> Figure:
             at = {group + shift: share for group, share in enumerate(shares.values())}
             _bars(axis, at, width, SHADES[measure], LABELS[measure])
         axis.set_xticks(range(len(importance.shares["consensus"])), list(importance.shares["consensus"]))
-        _finish(axis, f"{importance.name}, {importance.target}", "share of importance, %" if place % across == 0 else "")
+        _finish(
+            axis, f"{importance.name}, {importance.target}", "share of importance, %" if place % across == 0 else ""
+        )
     _legend(figure, axes[0, 0])
     return figure
 
@@ -108,4 +110,6 @@ def _finish(axis: Axes, title: str, ylabel: str) -> None:
 
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False, labelcolor=INK)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False, labelcolor=INK
+    )

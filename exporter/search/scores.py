@@ -52,7 +52,7 @@ def read_scores(file: Path, target: str) -> Scores:
     places = [header.index(name) for name in (*columns, target)]
     table = np.array([[_number(file, line, header, row, place) for place in places] for line, row in lines])
     if len(table) < LEAST_ROWS:
-        raise VlmqError(f"{file}: {len(table)} rows; score at least {LEAST_ROWS} assignments of bits")
+        raise VlmqError(f"{file}: fewer than {LEAST_ROWS} rows ({len(table)}); score more assignments of bits")
     bits, values = table[:, :-1].astype(np.float32), table[:, -1]
     if not (bits > 0).all():
         raise VlmqError(f"{file}: bits of 0 or less; write 16 where a component was left alone")
