@@ -80,7 +80,7 @@ def test_the_published_scores_give_the_consensus_of_the_paper(seed):
 
 
 def test_what_adds_up_is_shared_out_as_its_parts_vary(additive):
-    """On a full grid a part's variance is what its shuffling costs and what its splits remove; SHAP is its deviation."""
+    """On a full grid a part's variance is what shuffling costs and splits remove; SHAP is its mean deviation."""
     parts = np.outer(list(GAINS.values()), gain(WIDTHS))  # (components, widths)
     variance, deviation = parts.var(axis=1), np.abs(parts - parts.mean(axis=1, keepdims=True)).mean(axis=1)
     forest = grow(additive.bits, additive.values, importance.TREES, seed=0)
@@ -91,12 +91,14 @@ def test_what_adds_up_is_shared_out_as_its_parts_vary(additive):
     np.testing.assert_allclose(consensus, (impurity + shuffled + shap) / 3)
 
 
-def test_shuffling_costs_what_scikit_learn_says_it_costs(additive):
+def test_shuffling_costs_what_scikit_learn_says_it_costs(tmp_path):
     from sklearn.inspection import permutation_importance
 
-    forest = grow(additive.bits, additive.values, 10, seed=0)
-    theirs = permutation_importance(forest, additive.bits, additive.values, n_repeats=50, random_state=1)
-    ours = permutation(forest, additive.bits, additive.values, seed=0) / additive.values.var()  # as a loss of R^2
+    scores = read_scores(write_table(tmp_path / "noisy.csv", GAINS, noise=0.5), "CIDEr")  # not even the forest is exact
+    bits, values = scores.bits[:60], scores.values[:60]  # 49 rows of one vision width and 11 of the next
+    forest = grow(bits, values, 10, seed=0)
+    theirs = permutation_importance(forest, bits, values, n_repeats=50, random_state=1)
+    ours = permutation(forest, bits, values, seed=0) / values.var()  # as a loss of R^2
     # Each mean of fifty is this far from the truth, the difference of two of them a little further.
     assert (np.abs(ours - theirs.importances_mean) < 5 * theirs.importances_std / math.sqrt(50)).all()
 
@@ -151,7 +153,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_does_not(vlmq, smal
     )
     assert set(first) == {"importance.json", "consensus.png", "measures.png"}
     assert first == again
-    assert first["importance.json"] != other["importance.json"]
+    assert json.loads(first["importance.json"])["tables"] != json.loads(other["importance.json"])["tables"]
 
 
 def test_shares_add_up_to_the_whole_and_lie_in_their_spread(small, few_forests):
@@ -163,17 +165,11 @@ def test_shares_add_up_to_the_whole_and_lie_in_their_spread(small, few_forests):
         assert all(0 <= share.low < share.high <= 100 for share in shares_of.values())
 
 
-def test_intervals_hold_what_happens_when_the_scores_are_measured_on_other_rows(tmp_path, few_forests):
-    """Many rows leave less room than a quarter of them."""
-    whole = write_table(tmp_path / "whole.csv", GAINS, noise=0.1)
-    header, *lines = whole.read_text().splitlines()
-    part = tmp_path / "part.csv"
-    part.write_text("\n".join([header, *np.random.default_rng(0).permutation(lines)[:60]]))
-    many, few = (
-        [share.high - share.low for share in table.shares["consensus"].values()]
-        for table in importance.analyse([whole, part])
-    )
-    assert np.mean(many) < np.mean(few)
+def test_intervals_tell_of_the_rows_and_not_of_the_seed(small, few_forests):
+    """The forests of other seeds agree on these rows; other rows would have said something else."""
+    (found,) = importance.analyse([small])
+    for share in found.shares["consensus"].values():
+        assert share.high - share.low > 3 * (share.most - share.least) > 0
 
 
 def test_what_little_can_be_believed_of_is_said(tmp_path, few_forests):

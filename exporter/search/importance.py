@@ -93,13 +93,12 @@ def measure(scores: Scores, name: str, seed: int = 0, progress: Progress = lambd
     generator = np.random.default_rng(seed)
     rows, steps = len(scores.values), SEEDS + RESAMPLES
 
-    by_seed = []
-    explained = 0.0
+    by_seed, explained = [], []
     for number in range(SEEDS):
         progress(name, number, steps)
         drawn = int(generator.integers(2**31))
-        forest = grow(scores.bits, scores.values, TREES, drawn, judged=number == 0)
-        explained = forest.oob_score_ if number == 0 else explained
+        forest = grow(scores.bits, scores.values, TREES, drawn, judged=True)
+        explained.append(float(forest.oob_score_))
         by_seed.append(shares(forest, scores.bits, scores.values, drawn))
     if np.isnan(by_seed[0]).any():
         raise VlmqError(f"{scores.file}: {scores.target} depends on no bits here; choose another --target")
@@ -118,9 +117,9 @@ def measure(scores: Scores, name: str, seed: int = 0, progress: Progress = lambd
         file=str(scores.file),
         target=scores.target,
         rows=rows,
-        explained=float(explained),
+        explained=explained[0],
         shares=_table(scores.components, np.array(by_seed), np.array(by_resample)),
-        warnings=_warnings(scores, explained),
+        warnings=_warnings(scores, explained[0]),
     )
 
 
