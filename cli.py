@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmq.exporter.inspection import Inspection
     from vlmq.exporter.planning.plan import Plan
     from vlmq.exporter.recipe import Recipe
+    from vlmq.exporter.search.importance import Importance
 
 DEFAULT_MODEL = "blip2-mini"
 
@@ -337,6 +338,35 @@ def plan(
     refuse(found)
 
 
+@app.command()
+def importance(
+    scores: Annotated[list[Path], typer.Argument(help="CSV files of scores: NAME_bits columns and the target.")],
+    target: Annotated[str, typer.Option(help="The column that bits are to explain.")] = "CIDEr",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "--out", "-o", help="Folder to write.  \\[default: importance-TARGET]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What forests and resamples are drawn with.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Tell from a table of scores which component's bits matter, and how sure that is; write plots."""
+    from vlmq.exporter.search.importance import analyse
+
+    output = output or Path(f"importance-{target}".replace(os.sep, "-"))
+    with _bars(as_json) as progress:
+        found = analyse(scores, target, output, seed, progress)
+    for warning in (warning for table in found for warning in table.warnings):
+        typer.echo(f"vlmq: warning: {warning}", err=True)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({"folder": str(output), "seed": seed, "tables": [asdict(table) for table in found]})
+    else:
+        for table in found:
+            _print_shares(table)
+        typer.echo(f"{output}: importance.json, consensus.png, measures.png")
+
+
 def _recipe(file: Path | None, flags: dict[str, Any]) -> "Recipe":
     """Flags laid over the recipe file, if there is one."""
     from vlmq.exporter.recipe import make_recipe, read_recipe
@@ -453,6 +483,27 @@ def _print_table(verdict: "Verdict") -> None:
     Console(width=None if console.is_terminal else 110).print(table)
     word = "[green]ok[/]" if verdict.ok else "[red]failed[/]"
     console.print(f"{word}: {criterion(verdict)}")
+
+
+def _print_shares(found: "Importance") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shares = found.shares["consensus"]
+    table = Table(
+        title=f"{found.name}: {found.target}, {found.rows} rows, out-of-bag R^2 {found.explained:.4f}",
+        caption="percent; interval: bootstrap over rows; seeds: forests of other seeds",
+        title_justify="left",
+    )
+    table.add_column("")
+    for heading in (*found.shares, "95 % interval", "over seeds"):
+        table.add_column(heading, justify="right")
+    for component, share in shares.items():
+        measured = [f"{measure[component].percent:.1f}" for measure in found.shares.values()]
+        interval, seeds = f"{share.low:.1f} to {share.high:.1f}", f"{share.least:.1f} to {share.most:.1f}"
+        table.add_row(component, *measured, interval, seeds)
+    console = Console()
+    Console(width=None if console.is_terminal else 110).print(table)
 
 
 def _print_tree(found: "Inspection") -> None:

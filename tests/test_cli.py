@@ -33,7 +33,9 @@ def vlmq(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "plan", "recipe", "recipe show"])
+@pytest.mark.parametrize(
+    "command", ["export", "verify", "run", "inspect", "plan", "importance", "recipe", "recipe show"]
+)
 def test_help_loads_nothing_that_takes_time(command):
     code = (
         f"import sys; sys.argv = ['vlmq', *'{command}'.split(), '--help']\nfrom vlmq import cli\n"
