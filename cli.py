@@ -246,7 +246,7 @@ def convert(
     from vlmq.exporter.convert import convert as run_convert
 
     with _bars(as_json) as progress:
-        done = run_convert(folder, to, output or folder.with_name(f"{folder.resolve().name}-{to}"), progress)
+        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress)
     if as_json:
         _print_json({"folder": str(done.folder), "note": done.note})
         return

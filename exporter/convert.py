@@ -6,7 +6,7 @@ as the other layout has it. What is not quantized, and every file beside the wei
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from vlmq.formats.layouts import LAYOUTS, Layout
 from vlmq.formats.shards import INDEX, Header, SafetensorsWriter, headers
 
 CONFIG = "config.json"
+LANGUAGE_BLOCKS = "model.language_model.layers."  # the ones that optimum converts
 PREFIXLESS = "vision_model"  # vLLM builds BLIP-2's vision tower without this name in front
 
 
@@ -43,8 +44,8 @@ class Converted:
 def convert(folder: Path, to: str, output: Path, progress: Progress = lambda what, done, of: None) -> Converted:
     """Write `folder`, an export, to `output` in the layout `to`, one of LAYOUTS.
 
-    VlmqError or FormatError, in one line and before anything is written, where the folder is not as its manifest says or
-    the layout cannot hold its grids; while it is written, where it cannot hold a value of a scale or zero.
+    VlmqError or FormatError in one line, and nothing is left behind: before anything is written where the folder is not
+    as its manifest says or the layout cannot hold its grids, later where it cannot hold the value of a scale or a zero.
     """
     made = manifest.coverage(folder)
     found = headers(folder)
@@ -67,10 +68,7 @@ def convert(folder: Path, to: str, output: Path, progress: Progress = lambda wha
         records = _write(folder, found, plan, source, target, stage, progress)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (stage / CONFIG).write_text(text + "\n", encoding="utf-8")
-        for name in made.files:
-            if name not in (CONFIG, INDEX) and not ("/" not in name and name.endswith(".safetensors")):
-                (stage / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, stage / name)
+        _copy_others(folder, stage, set(made.files) - {CONFIG, INDEX, *(header.file for header in found.values())})
         done = made.model_copy(
             update={
                 "vlmq": vlmq.__version__,
@@ -79,7 +77,7 @@ def convert(folder: Path, to: str, output: Path, progress: Progress = lambda wha
             }
         )
         manifest.write(stage, done)
-    return Converted(output, done, _note(plan, model, to))
+    return Converted(output, done, _note(plan, model, linears, to))
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -124,14 +122,22 @@ def _plan(
 
 
 def _refuse(plan: _Plan, model: PreTrainedModel, target: Layout, to: str) -> None:
-    """VlmqError or FormatError for the first linear that the layout has no place for."""
+    """VlmqError or FormatError for the first linear that the layout, or every reader of it, has no place for."""
+    if target.general:
+        return
     found = ends.find(model)
+    exceptions = {found.embedding: "token embedding", found.head: "output head"}
     for module, entry in plan.entries.items():
         name = plan.names[module]
-        if name in (found.embedding, found.head) and not target.embeddings:
-            what = "output head" if name == found.head else "token embedding"
-            raise VlmqError(f"{name}: {to} holds no {what}; choose compressed-tensors, or export with it left alone")
+        # transformers converts no module that it keeps in float32, and vLLM quantizes no Q-Former
+        what = exceptions.get(name) or next((part for part in _in_float32(model) if part in name.split(".")), None)
+        if what:
+            raise VlmqError(f"{name}: readers of {to} keep the {what} in full precision; export with it at 16 bits")
         target.refuse(name, entry.shape, entry.grids)
+
+
+def _in_float32(model: PreTrainedModel) -> Iterable[str]:
+    return model._keep_in_fp32_modules or ()
 
 
 def _write(
@@ -180,7 +186,26 @@ def _repacked(
     )
 
 
-def _note(plan: _Plan, model: PreTrainedModel, to: str) -> str | None:
+def _copy_others(folder: Path, stage: Path, names: set[str]) -> None:
+    for path in sorted(folder.rglob("*")):  # and not the names themselves, which could lead out of the folder
+        name = path.relative_to(folder)
+        if name.as_posix() in names:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, stage / name)
+
+
+def _note(plan: _Plan, model: PreTrainedModel, linears: Iterable[str], to: str) -> str | None:
+    """Seen in transformers 5.24 with optimum 2.3 and gptqmodel 7.7: what is as they do not expect it becomes random."""
     if to == "compressed-tensors":
         return compressed_tensors.caveat(plan.sites, ends.find(model).embedding)
+    if not to.startswith("gptq"):
+        return None
+    if model.main_input_name != "input_ids":
+        return "transformers takes gptq for models whose first input is text, which this is not; use vlmq or vLLM"
+    expected = {name for name in linears if name.startswith(LANGUAGE_BLOCKS)}
+    if set(plan.sites) != expected or len({grids.weight for grids in plan.sites.values()}) > 1:
+        return (
+            "transformers takes gptq for exactly the linears of the language model's blocks, on one grid, and loads "
+            "anything else wrongly; use vlmq or vLLM, or export with --vision-bits 16 --connector-bits 16"
+        )
     return None

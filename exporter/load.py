@@ -59,7 +59,7 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _load_packed(folder: Path, config: PretrainedConfig, quantization: dict, dtype: torch.dtype) -> PreTrainedModel:
     model = skeleton(config, dtype)
     layout = layouts.of_config(quantization)
-    kinds = nn.Linear | nn.Embedding if layout.embeddings else nn.Linear
+    kinds = nn.Linear | nn.Embedding if layout.general else nn.Linear
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     grids = layout.grids(quantization, names)
     tensors = _Tensors(folder, model)

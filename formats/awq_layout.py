@@ -47,7 +47,7 @@ def pack(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def unpack(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
     """The exact inverse of `pack`; FormatError where a tensor is absent, or not of the dtype and shape of `grid`."""
-    columns, out_words = parts.take(name, CODES, tensors).shape
+    columns, out_words = weight_only.size(name, CODES, tensors)
     shape = (out_words * IN_WORD, columns)
     parts.check(name, tensors, layout(shape, grid), shape, grid)
     codes, zero = _unpack(tensors[f"{name}.{CODES}"]), _unpack(tensors[f"{name}.{ZEROS}"])

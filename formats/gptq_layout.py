@@ -58,7 +58,7 @@ def pack(version: str, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def unpack(version: str, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
     """The exact inverse of `pack`; FormatError where a tensor is absent, or not of the dtype and shape of `grid`."""
-    in_words, rows = parts.take(name, CODES, tensors).shape
+    in_words, rows = weight_only.size(name, CODES, tensors)
     columns = in_words * words.WORD // grid.bits
     parts.check(name, tensors, layout((rows, columns), grid), (rows, columns), grid)
     if not torch.equal(tensors[f"{name}.{GROUPS}"], _groups(columns, grid)):

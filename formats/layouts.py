@@ -27,7 +27,7 @@ class Layout:
     config: Mapping[str, str]  # the entries of `quantization_config` that tell it from others
     parts: tuple[str, ...]  # last parts of its tensors' names; every weight has the first
     scales: torch.dtype | None  # None: the source's
-    embeddings: bool  # holds the token embedding and the head too
+    general: bool  # any linear or embedding may have it, and its input be rounded; else its readers name exceptions
     pack: Callable[[str, QuantizedWeight, Grids], dict[str, Tensor]]
     unpack: Callable[[str, Mapping[str, Tensor], Grid], QuantizedWeight]
     layout: Callable[[tuple[int, int], Grids], Parts]
@@ -42,7 +42,7 @@ def _gptq(version: str) -> Layout:
         config=gptq_layout.CONFIGS[version],
         parts=gptq_layout.PARTS,
         scales=torch.float16,
-        embeddings=False,
+        general=False,
         pack=lambda name, weight, grids: gptq_layout.pack(version, name, weight),
         unpack=partial(gptq_layout.unpack, version),
         layout=lambda shape, grids: gptq_layout.layout(shape, grids.weight),
@@ -58,7 +58,7 @@ LAYOUTS = {
         config=compressed_tensors.CONFIG,
         parts=compressed_tensors.PARTS,
         scales=None,
-        embeddings=True,
+        general=True,
         pack=lambda name, weight, grids: compressed_tensors.pack(name, weight, grids.inputs, grids.limits),
         unpack=compressed_tensors.unpack,
         layout=lambda shape, grids: compressed_tensors.layout(shape, grids.weight, grids.inputs),
@@ -71,7 +71,7 @@ LAYOUTS = {
         config=awq_layout.CONFIG,
         parts=awq_layout.PARTS,
         scales=torch.float16,
-        embeddings=False,
+        general=False,
         pack=lambda name, weight, grids: awq_layout.pack(name, weight),
         unpack=awq_layout.unpack,
         layout=lambda shape, grids: awq_layout.layout(shape, grids.weight),

@@ -1,13 +1,24 @@
 """What the layouts of AWQ and GPTQ share: weights alone, stored (in, out), with scales in float16."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from vlmq.formats import parts
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
 from vlmq.kernels.grid import ROW
 
 GROUPS = (ROW, 16, 32, 64, 128)  # what gptqmodel's kernels take; vLLM's take all of these but 16
+
+
+def size(name: str, part: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The shape of the words of codes; FormatError where they are absent, or are no matrix."""
+    shape = tuple(parts.take(name, part, tensors).shape)
+    if len(shape) != 2:
+        raise FormatError(f"{name}.{part}: {len(shape)} dimensions where words have 2; export the model again")
+    return shape
 
 
 def refuse(layout: str, bits: tuple[int, ...], name: str, grids: Grids) -> None:
@@ -17,7 +28,7 @@ def refuse(layout: str, bits: tuple[int, ...], name: str, grids: Grids) -> None:
         raise FormatError(f"{name}: {layout} rounds no inputs; choose compressed-tensors")
     if weight.bits not in bits:
         raise FormatError(
-            f"{name}: {weight.bits} bits, {layout} has {' or '.join(map(str, bits))}; choose compressed-tensors"
+            f"{name}: {weight.bits} bits, {layout} has {', '.join(map(str, bits))}; choose compressed-tensors"
         )
     if weight.group not in GROUPS:
         raise FormatError(
