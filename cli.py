@@ -235,7 +235,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export or vlmq convert wrote.")],
     to: Annotated[
         Literal["compressed-tensors", "awq", "gptq", "gptq-v2"],
-        typer.Option(help="The layout; awq has 4 bits and one grid, gptq 2, 3, 4 and 8 bits.  \\[required]"),
+        typer.Option(help="The layout; awq has 4 bits and one grid, gptq 2, 3, 4 and 8 bits."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: FOLDER-LAYOUT]")

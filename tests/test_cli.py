@@ -33,7 +33,7 @@ def vlmq(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "recipe", "recipe show"])
+@pytest.mark.parametrize("command", ["export", "verify", "convert", "run", "inspect", "recipe", "recipe show"])
 def test_help_loads_nothing_that_takes_time(command):
     code = (
         f"import sys; sys.argv = ['vlmq', *'{command}'.split(), '--help']\nfrom vlmq import cli\n"

@@ -293,9 +293,8 @@ def test_the_command_names_its_output_says_what_it_did_and_ends_with_2_on_a_mist
     ],
 )
 def test_transformers_answers_as_the_dequantized_reference(to, variant, choose, tmp_path):
-    pytest.importorskip(
-        "gptqmodel", reason="transformers reads awq and gptq with gptqmodel (and optimum), not installed"
-    )
+    for package in ("gptqmodel", "optimum"):
+        pytest.importorskip(package, reason=f"transformers reads awq and gptq with {package}, which is not installed")
     weights = packed_folder(variant, tmp_path / "here", choose)
     assert convert(tmp_path / "here", to, tmp_path / "there").note is None
     model, info = AutoModelForImageTextToText.from_pretrained(
