@@ -112,7 +112,7 @@ def test_gptq_holds_several_grids_and_awq_does_not(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scales_get_the_dtype_of_the_export_back(dtype, tmp_path):
-    """All of bfloat16's are in float16, or none of them is a scale; most of float32's are not."""
+    """float16 holds bfloat16's from 2**-17 to 65280; of float32's hardly any."""
     here, there, back = tmp_path / "here", tmp_path / "there", tmp_path / "back"
     packed_folder("llava-llama", here, language(Grid(4, 64)), dtype=dtype)
     if dtype == torch.float32:
@@ -205,6 +205,29 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_written(
         convert(tmp_path / "here", to, tmp_path / "there")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "choose", "to", "note"),
+    [
+        ("llava-llama", language(Grid(4, 32)), "gptq", None),
+        ("llava-llama", lambda name: Grid(4, 32), "gptq", "loads anything else wrongly"),
+        ("llava-llama", lambda name: Grid(4, 32), "awq", None),
+        ("blip2-opt", language(Grid(4, 32)), "gptq-v2", "models whose first input is text, which this is not"),
+    ],
+)
+def test_what_transformers_would_load_wrongly_is_said(variant, choose, to, note, tmp_path):
+    packed_folder(variant, tmp_path / "here", choose)
+    said = convert(tmp_path / "here", to, tmp_path / "there").note
+    assert (note is None and said is None) or note in said
+
+
+def test_a_kept_vision_tower_of_blip2_is_named_as_vllm_names_it_too(tmp_path):
+    packed_folder("blip2-opt", tmp_path / "here", language(Grid(4, 32)))
+    convert(tmp_path / "here", "awq", tmp_path / "there")
+    kept = json.loads((tmp_path / "there" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert any(part in ".encoder.layers.0.self_attn.qkv" for part in kept)
+    assert not any(part in "language_model.model.decoder.layers.0.self_attn.qkv_proj" for part in kept)
 
 
 RTN = {"method": "rtn", "group_size": 32}
