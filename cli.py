@@ -247,6 +247,37 @@ def verify(
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A folder that vlmq export or vlmq convert wrote.")],
+    to: Annotated[
+        Literal["compressed-tensors", "awq", "gptq", "gptq-v2"],
+        typer.Option(help="The layout; awq has 4 bits and one grid, gptq 2, 3, 4 and 8 bits."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: FOLDER-LAYOUT]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an export in another layout, with the same codes, scales and zeros, bit for bit."""
+    from vlmq.exporter.convert import convert as run_convert
+
+    with _bars(as_json) as progress:
+        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress)
+    if as_json:
+        _print_json({"folder": str(done.folder), "note": done.note})
+        return
+    from vlmq.formats.manifest import sizes
+
+    found = sizes(done.manifest)
+    typer.echo(
+        f"{done.folder}: the same weights as {to}, {found.linears_ratio:.2f} x smaller than fp16 with scales "
+        f"({found.bits_per_weight:.2f} bits per weight); all weights {found.files_ratio:.2f} x"
+    )
+    if done.note:
+        typer.echo(f"note: {done.note}")
+
+
+@app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
     image: Annotated[Path, typer.Option(help="The picture.")],

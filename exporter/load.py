@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats import compressed_tensors, layouts, manifest
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
+from vlmq.formats.layouts import Layout
 from vlmq.formats.shards import headers
 from vlmq.kernels.embedding import QuantizedEmbedding
 from vlmq.kernels.grid import TENSOR, QuantizedWeight
@@ -57,13 +58,15 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_packed(folder: Path, config: PretrainedConfig, quantization: dict, dtype: torch.dtype) -> PreTrainedModel:
     model = skeleton(config, dtype)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    grids = compressed_tensors.grids(quantization, names)
+    layout = layouts.of_config(quantization)
+    kinds = nn.Linear | nn.Embedding if layout.general else nn.Linear
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    grids = layout.grids(quantization, names)
     tensors = _Tensors(folder, model)
-    for name, complete in _with_limits(folder, grids, tensors).items():
+    for name, complete in _with_limits(folder, grids, tensors, layout).items():
         module = model.get_submodule(name)
         quantized = _embedding if isinstance(module, nn.Embedding) else _quantized
-        model.set_submodule(name, quantized(name, complete, module, tensors))
+        model.set_submodule(name, quantized(name, complete, module, tensors, layout))
     _tie_heads(model)
     dense = {name: parameter for name, parameter in model.state_dict().items() if parameter.is_meta}
     model.load_state_dict(_dense(folder, dense, tensors), strict=False, assign=True)
@@ -94,9 +97,9 @@ class _Tensors:
         return self.files[self.headers[disk].file].get_tensor(disk)
 
 
-def _embedding(name: str, grids: Grids, embedding: nn.Module, tensors: _Tensors) -> QuantizedEmbedding:
+def _embedding(name: str, grids: Grids, embedding: nn.Module, tensors: _Tensors, layout: Layout) -> QuantizedEmbedding:
     assert isinstance(embedding, nn.Embedding)
-    weight = _unpacked(name, grids, embedding.weight, tensors)
+    weight = _unpacked(name, grids, embedding.weight, tensors, layout)
     return QuantizedEmbedding.from_weight(weight, embedding.weight.dtype)
 
 
@@ -109,14 +112,10 @@ def _tie_heads(model: PreTrainedModel) -> None:
             del model.all_tied_weights_keys[weight]
 
 
-def _unpacked(name: str, grids: Grids, full: Tensor, tensors: _Tensors) -> QuantizedWeight:
+def _unpacked(name: str, grids: Grids, full: Tensor, tensors: _Tensors, layout: Layout) -> QuantizedWeight:
     """A packed weight, of the shape of the full one."""
-    parts = {
-        f"{name}.{part}": tensors[f"{name}.{part}"]
-        for part in compressed_tensors.PARTS
-        if f"{name}.{part}" in tensors.disk
-    }
-    weight = compressed_tensors.unpack(name, parts, grids.weight)
+    parts = {f"{name}.{part}": tensors[f"{name}.{part}"] for part in layout.parts if f"{name}.{part}" in tensors.disk}
+    weight = layout.unpack(name, parts, grids.weight)
     compressed_tensors.check_input(name, parts, grids)
     if weight.shape != full.shape:
         raise FormatError(
@@ -126,9 +125,9 @@ def _unpacked(name: str, grids: Grids, full: Tensor, tensors: _Tensors) -> Quant
     return weight
 
 
-def _quantized(name: str, grids: Grids, linear: nn.Module, tensors: _Tensors) -> QuantizedLinear:
+def _quantized(name: str, grids: Grids, linear: nn.Module, tensors: _Tensors, layout: Layout) -> QuantizedLinear:
     assert isinstance(linear, nn.Linear)
-    weight = _unpacked(name, grids, linear.weight, tensors)
+    weight = _unpacked(name, grids, linear.weight, tensors, layout)
     bias = None
     if linear.bias is not None:
         if f"{name}.bias" not in tensors.disk:
@@ -163,7 +162,7 @@ def _unknown(tensors: _Tensors, model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _with_limits(folder: Path, grids: dict[str, Grids], tensors: _Tensors) -> dict[str, Grids]:
+def _with_limits(folder: Path, grids: dict[str, Grids], tensors: _Tensors, layout: Layout) -> dict[str, Grids]:
     """The grids of config.json, with the limits that vlmq.json has; where it is, it must say the same of the rest."""
     if not (folder / manifest.NAME).is_file():
         lost = sorted(name for name, found in grids.items() if found.inputs and found.inputs.group == TENSOR)
@@ -174,10 +173,10 @@ def _with_limits(folder: Path, grids: dict[str, Grids], tensors: _Tensors) -> di
         return grids
     listed = {}
     for module, entry in manifest.read(folder).tensors.items():
-        if entry.stored != manifest.PACKED:
+        if entry.stored == manifest.DENSE:
             continue
-        name = tensors.memory.get(f"{module}.{compressed_tensors.PACKED}", module)
-        listed[name.removesuffix(f".{compressed_tensors.PACKED}")] = entry.grids
+        name = tensors.memory.get(f"{module}.{layout.parts[0]}", module)
+        listed[name.removesuffix(f".{layout.parts[0]}")] = entry.grids
     said = {name: replace(entry, limits=None) for name, entry in listed.items()}
     differing = sorted(name for name in said.keys() | grids.keys() if said.get(name) != grids.get(name))
     if differing:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from vlmq.formats.compressed_tensors import PARTS
+from vlmq.formats.layouts import PARTS
 
 
 def memory_name(disk_name: str, model: PreTrainedModel) -> str:
@@ -22,7 +22,7 @@ def memory_name(disk_name: str, model: PreTrainedModel) -> str:
 def memory_names(disk_names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     """Every on-disk name of a tensor (or of a module) with its in-memory name; `model` may be on the meta device.
 
-    A packed weight's tensors (`weight_packed`, `weight_scale`, ...) are named as their `weight` would be. ValueError
+    A packed weight's tensors (`weight_packed`, `qweight`, ...) are named as their `weight` would be. ValueError
     for a tensor that transformers splits or joins while loading: such a checkpoint cannot be streamed by name.
     """
     mapping = get_model_conversion_mapping(model)

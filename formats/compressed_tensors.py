@@ -28,13 +28,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmq.formats import parts
 from vlmq.formats.errors import FormatError
+from vlmq.formats.parts import Parts
 from vlmq.formats.targets import matches, patterns
 from vlmq.kernels import words
 from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits, QuantizedWeight, between
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+CONFIG = {"quant_method": METHOD, "format": FORMAT}  # how config.json tells this layout
 VERSION = "0.20.0"  # the release whose layout this is
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"
@@ -80,16 +83,10 @@ def pack_input(name: str, inputs: Grid | None, limits: Limits | None) -> dict[st
 
 def unpack(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
     """The exact inverse of `pack`; FormatError where a tensor is absent, or not of the dtype and shape of `grid`."""
-    shape = tuple(_part(name, SHAPE, tensors).tolist())
+    shape = tuple(parts.take(name, SHAPE, tensors).tolist())
     if len(shape) != 2:
         raise FormatError(f"{name}.{SHAPE}: {len(shape)} dimensions where a linear has 2; export the model again")
-    for part, (dtype, expected) in layout(shape, grid).items():
-        found = _part(name, part, tensors)
-        if tuple(found.shape) != expected or (dtype is not None and found.dtype != dtype):
-            raise FormatError(
-                f"{name}.{part}: {_say(found.dtype, found.shape)} where a {grid.bits}-bit weight {shape} "
-                f"has {_say(dtype or found.dtype, expected)}; export the model again"
-            )
+    parts.check(name, tensors, layout(shape, grid), shape, grid)
     rows, columns = shape
     scale = tensors[f"{name}.{SCALE}"]
     codes = words.unpack(tensors[f"{name}.{PACKED}"], grid.bits, columns, dim=1)
@@ -111,24 +108,22 @@ def check_input(name: str, tensors: Mapping[str, Tensor], grids: Grids) -> None:
             raise FormatError(f"{key}: not what the limits of this input give; export the model again")
 
 
-def layout(
-    shape: tuple[int, int], grid: Grid, inputs: Grid | None = None
-) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+def layout(shape: tuple[int, int], grid: Grid, inputs: Grid | None = None) -> Parts:
     """Dtype (None: the source's) and shape of every part of a weight of `shape` on `grid`, its input on `inputs`."""
     rows, columns = shape
     groups = columns // grid.width(columns)
-    parts: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+    stored: Parts = {
         PACKED: (torch.int32, (rows, words.words_for(columns, grid.bits))),
         SCALE: (None, (rows, groups)),
         SHAPE: (torch.int64, (2,)),
     }
     if not grid.symmetric:
-        parts[ZERO] = (torch.int32, (words.words_for(rows, grid.bits), groups))
+        stored[ZERO] = (torch.int32, (words.words_for(rows, grid.bits), groups))
     if inputs is not None and inputs.group == TENSOR:
-        parts[INPUT_SCALE] = (torch.float32, (1,))
+        stored[INPUT_SCALE] = (torch.float32, (1,))
         if not inputs.symmetric:
-            parts[INPUT_ZERO] = (torch.int8, (1,))
-    return parts
+            stored[INPUT_ZERO] = (torch.int8, (1,))
+    return stored
 
 
 def packed_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2, inputs: Grid | None = None) -> int:
@@ -209,7 +204,7 @@ def grids(config: Mapping, names: Iterable[str]) -> dict[str, Grids]:
 
     Without limits, which it does not know. FormatError where it is of another format or a scheme has no Grid.
     """
-    if (config.get("quant_method"), config.get("format")) != (METHOD, FORMAT):
+    if {key: config.get(key) for key in CONFIG} != CONFIG:
         raise FormatError(
             f"config.json: quantized as {config.get('quant_method')} {config.get('format')}; "
             f"this reads {METHOD} {FORMAT}"
@@ -288,14 +283,3 @@ def _grid(what: str, scheme: Mapping, groups: Mapping[str, int | None], dynamic:
 
 def _order(*grids: Grid | None) -> tuple:
     return tuple((grid.bits, grid.group, grid.symmetric) for grid in grids if grid is not None)
-
-
-def _part(name: str, part: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    try:
-        return tensors[f"{name}.{part}"]
-    except KeyError:
-        raise FormatError(f"{name}.{part}: absent; export the model again") from None
-
-
-def _say(dtype: torch.dtype, shape: Iterable[int]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"

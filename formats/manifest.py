@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from vlmq.formats import compressed_tensors
+from vlmq.formats import compressed_tensors, layouts
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import Header, headers
@@ -60,11 +60,12 @@ class TensorRecord(Record):
     symmetric: bool
     shape: tuple[int, int]  # out, in
     fold: str | None = None  # what absorbed the scale of its input, in words
-    stored: Literal["pack-quantized", "dense"] = PACKED
+    stored: Literal["pack-quantized", "awq", "gptq", "gptq-v2", "dense"] = PACKED  # the layout, as in layouts.STORED
+    scales: Literal["bfloat16", "float32"] | None = None  # their dtype in the export, where its layout has another
     rows: tuple[tuple[int, int], ...] | None = None  # start, stop of those on the grid; None: all
     inputs: Grid | None = None  # what its input is rounded to; None: left as it comes
     limits: tuple[float, float] | None = None  # what the input is clamped to first; None: nothing
-    bytes: int  # on disk: codes, scales, zeros and shape; or the dense weight
+    bytes: int  # on disk: all tensors of its layout; or the dense weight
     sha256: str  # of the dequantized weight, float32, row by row, little endian
 
     @property
@@ -252,10 +253,10 @@ def coverage(folder: Path, hashes: bool = True) -> Manifest:
         return manifest
     for module, entry in manifest.tensors.items():
         _check_module(module, entry, found)
-    packed = {module for module, entry in manifest.tensors.items() if entry.stored == PACKED}
+    packed = {module for module, entry in manifest.tensors.items() if entry.stored != DENSE}
     for name in found:
         module, _, part = name.rpartition(".")
-        if part in compressed_tensors.PARTS and module not in packed:
+        if part in layouts.PARTS and module not in packed:
             raise FormatError(f"{name}: packed, but {NAME} does not list its linear so; export the model again")
     return manifest
 
@@ -288,9 +289,9 @@ def _check_module(module: str, entry: TensorRecord, found: Mapping[str, Header])
     if dense is not None:
         raise FormatError(f"{module}.weight: stored in full beside its packed form; export the model again")
     grids = entry.grids
-    expected = compressed_tensors.layout(entry.shape, grids.weight, grids.inputs)
+    expected = layouts.STORED[entry.stored].layout(entry.shape, grids)
     size = 0
-    for part in compressed_tensors.PARTS:
+    for part in sorted(layouts.PARTS):
         name = f"{module}.{part}"
         if (name in found) != (part in expected):
             raise FormatError(

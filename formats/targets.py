@@ -1,8 +1,10 @@
-"""Which linears a config group of compressed-tensors means: few targets for many names, and how readers match them."""
+"""Which linears a config means: few targets, or few prefixes, for many names, and how readers match them."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from vlmq.formats.errors import FormatError
 
 
 def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -41,3 +43,29 @@ def matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target == name
+
+
+def prefixes(names: Iterable[str], others: Iterable[str], aliases: Mapping[str, Iterable[str]]) -> list[str]:
+    """Few prefixes, each of whole parts of a name, that cover all of `names` and none of `others`, by any name of each.
+
+    aliases: the other names that a linear goes by. A prefix does not even occur inside a name of `others`, because
+    readers of AWQ look for it there: `layers.1` would mean `layers.10` too. FormatError where a whole name does.
+    """
+
+    def all_names(linears: Iterable[str]) -> list[str]:
+        return [alias for linear in linears for alias in (linear, *aliases.get(linear, ()))]
+
+    foreign = all_names(others)
+    text = "\n".join(foreign)
+    found = set()
+    for name in all_names(names):
+        parts = name.split(".")
+        tried = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        prefix = next((prefix for prefix in tried if prefix not in text), None)
+        if prefix is None:
+            inside = next(other for other in foreign if name in other)
+            raise FormatError(
+                f"{name}: readers would take {inside} for it; give both one grid, or choose compressed-tensors"
+            )
+        found.add(prefix)
+    return sorted(found)

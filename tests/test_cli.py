@@ -34,7 +34,8 @@ def vlmq(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["export", "verify", "run", "inspect", "plan", "importance", "recipe", "recipe show"]
+    "command",
+    ["export", "verify", "convert", "run", "inspect", "plan", "importance", "recipe", "recipe show"],
 )
 def test_help_loads_nothing_that_takes_time(command):
     code = (
