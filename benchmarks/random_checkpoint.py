@@ -50,7 +50,7 @@ ON_DISK = (  # of LLaVA; BLIP-2 has the same names in memory and on disk
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a true shape is built: `scale` of its widths, heads and layers, and only the first `blocks` layers."""
+    """How much of a true shape is built: `scale` of widths, heads and layers, and the first `blocks` layers."""
 
     scale: float = 1.0
     blocks: int | None = None
@@ -187,11 +187,11 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="of widths, heads and layers")
-    parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, at least 2")
+    parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, 2 or more")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not 0 < options.scale <= 1 or (options.blocks or 2) < 2:
-        sys.exit("random_checkpoint: --scale is over 0 and at most 1, --blocks at least 2: LLaVA reads the last but one")
+        sys.exit("random_checkpoint: --scale is above 0 and at most 1, --blocks 2 or more")
     count = make(options.shape, options.folder, Size(options.scale, options.blocks), options.seed)
     print(json.dumps({"folder": str(options.folder), "bytes": count}))
 

@@ -106,8 +106,10 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--samples", nargs="+", type=int, default=[32])
     parser.add_argument("--scale", type=float, default=1.0, help="of widths, heads and layers")
-    parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, at least 2")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlmq-scale", help="of checkpoints")
+    parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, 2 or more")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlmq-scale", help="for checkpoints"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = []

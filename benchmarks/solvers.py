@@ -20,6 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 
 import common
 import torch
@@ -74,7 +75,10 @@ STEPS: dict[str, tuple[Work, Callable[[int, int], tuple[float, float]]]] = {  # 
         ),
     ),
     "loss": (
-        lambda weight, seen: (output_loss(to_grid(weight, GRID).dequantize() - weight, seen.gram), output_loss(weight, seen.gram)),
+        lambda weight, seen: (
+            output_loss(to_grid(weight, GRID).dequantize() - weight, seen.gram),
+            output_loss(weight, seen.gram),
+        ),
         lambda rows, columns: (2 * rows * columns**2, 0),
     ),
 }
@@ -132,7 +136,8 @@ def main() -> None:
     for name in options.problem:
         for step in options.step:
             out, columns = PROBLEMS[name][0] // options.rows, PROBLEMS[name][1]
-            found = measure(step, out, columns, rates)
+            with get_context("spawn").Pool(1) as alone:  # or memory that an earlier step has freed would be its own
+                found = alone.apply(measure, (step, out, columns, rates))
             rows.append({"problem": name, "rows": out, "columns": columns, "step": step, **found})
             print(json.dumps(rows[-1]), flush=True)
     if not options.dry:

@@ -95,7 +95,7 @@ def evenly(count: int, keep: int) -> Tensor:
 
 
 def output_loss(error: Tensor, gram: Tensor) -> Tensor:
-    """sum over tokens of ||error x||^2 = tr(error gram error^T): error (..., out, in), gram (..., in, in)  ->  (...)."""
+    """sum over tokens of ||error x||^2 = tr(error gram error^T): error (..., out, in), gram (..., in, in) -> (...)."""
     return row_losses(error, gram).sum(-1)
 
 

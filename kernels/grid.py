@@ -122,8 +122,13 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """The nearest codes: weight (..., out, in), scale and zero (..., out, groups)  ->  codes (..., out, in) uint8."""
     groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
-    codes = (groups / scale.float().unsqueeze(-1)).round_().add_(zero.float().unsqueeze(-1))
-    return codes.clamp_(0, grid.levels - 1).to(torch.uint8).flatten(-2)
+    codes = float_codes(groups, scale.float().unsqueeze(-1), zero.float().unsqueeze(-1), grid)
+    return codes.to(torch.uint8).flatten(-2)
+
+
+def float_codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes as float32, so that arithmetic goes on in place: all float32, scale and zero broadcastable."""
+    return (values / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -138,11 +143,10 @@ def round_trip(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, c
 
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """dequantize(quantize(weight)) bit for bit, without the detour over uint8: (..., out, in)  ->  the same, float32."""
+    """dequantize(quantize(weight)) bit for bit, without the detour over uint8: (..., out, in) float32."""
     groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
     scale, zero = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
-    codes = (groups / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
-    return codes.sub_(zero).mul_(scale).flatten(-2)
+    return float_codes(groups, scale, zero, grid).sub_(zero).mul_(scale).flatten(-2)
 
 
 @dataclass(frozen=True)

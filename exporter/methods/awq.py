@@ -9,7 +9,7 @@ All linears that read an input share one `s`. Then each group's range is shrunk 
 error its columns cause. From H alone, the cost does not grow with the number of calibration tokens.
 """
 
-from functools import partial
+import math
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vlmq.exporter.statistics import Statistics, output_loss, row_losses
 from vlmq.kernels.grid import ROWS, TENSOR, Grid, QuantizedWeight, between, extremes, nearest, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
+LIKELY = 0.4  # the exponent that is tried first: the sooner a good one is known, the sooner the others are left
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
 SLAB = 512  # rows in one product with a Gram matrix: enough to be fast, few enough to bound the search's memory
 
@@ -30,9 +31,13 @@ def rescale(problem: Problem) -> Tensor:
     By the error of the linears that read it, from the Gram matrix; with `awq_loss: block` by that of the whole block,
     which is run once for every candidate.
     """
-    by_block = any(scheme.options.awq_loss == "block" for scheme in problem.schemes)
-    loss = problem.trial if by_block else partial(scale_loss, problem)
-    return min((candidate(problem.statistics, exponent) for exponent in EXPONENTS), key=loss)
+    candidates = [candidate(problem.statistics, exponent) for exponent in EXPONENTS]
+    if any(scheme.options.awq_loss == "block" for scheme in problem.schemes):
+        return min(candidates, key=problem.trial)
+    losses = [math.inf] * len(candidates)
+    for index in sorted(range(len(candidates)), key=lambda index: abs(EXPONENTS[index] - LIKELY)):
+        losses[index] = scale_loss(problem, candidates[index], min(losses))
+    return candidates[losses.index(min(losses))]
 
 
 def candidate(statistics: Statistics, exponent: float) -> Tensor:
@@ -41,13 +46,18 @@ def candidate(statistics: Statistics, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scale_loss(problem: Problem, scale: Tensor) -> float:
-    """tr(D H D^T), summed over the weights that read the input, for one scale (in,)."""
+def scale_loss(problem: Problem, scale: Tensor, limit: float = math.inf) -> float:
+    """tr(D H D^T), summed over the weights that read the input, for one scale (in,).
+
+    No row's share is negative, so the rows that are left are not looked at once the sum is above the limit.
+    """
     total = 0.0
     for weight, scheme in zip(problem.weights, problem.schemes, strict=True):
         for rows in (weight,) if scheme.grid.group == TENSOR else weight.split(SLAB):
             error = round_trip(rows * scale, scheme.grid, problem.dtype).div_(scale).sub_(rows)
             total += output_loss(error, problem.statistics.gram).item()
+            if total > limit:
+                return total
     return total
 
 
