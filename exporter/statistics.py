@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+BLOCK = 512  # columns of a Gram matrix at once: it is symmetric, so what lies below them need not be multiplied
+
 
 @dataclass
 class Statistics:
@@ -50,7 +52,9 @@ class Statistics:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         weight = torch.ones(len(rows), device=rows.device) if weights is None else weights.reshape(-1).float()
         weighted = rows if weights is None else rows * weight.unsqueeze(1)
-        self.gram.addmm_(weighted.T, rows)
+        for block in _blocks(rows.shape[1]):
+            self.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, rows[:, block])
+            self.gram[block, : block.start] = self.gram[: block.start, block].T
         self.absolute += rows.abs().sum(0)
         self.low = torch.minimum(self.low, rows.amin(0))
         self.high = torch.maximum(self.high, rows.amax(0))
@@ -73,15 +77,14 @@ class Statistics:
 
     def divided_by(self, scale: Tensor) -> "Statistics":
         """The statistics of x / scale (positive), which need no second look at x."""
-        outer = torch.outer(scale, scale)
         return replace(
             self,
-            gram=self.gram / outer,
+            gram=_divided(self.gram, scale),
             absolute=self.absolute / scale,
             low=self.low / scale,
             high=self.high / scale,
             rows=self.rows / scale,
-            cross=None if self.cross is None else self.cross / outer,
+            cross=None if self.cross is None else _divided(self.cross, scale),
         )
 
 
@@ -92,5 +95,32 @@ def evenly(count: int, keep: int) -> Tensor:
 
 
 def output_loss(error: Tensor, gram: Tensor) -> Tensor:
-    """sum over tokens of ||error x||^2 = tr(error gram error^T): error (..., out, in), gram (in, in)  ->  (...)."""
-    return ((error @ gram) * error).sum((-2, -1))
+    """sum over tokens of ||error x||^2 = tr(error gram error^T): error (..., out, in), gram (..., in, in) -> (...)."""
+    return row_losses(error, gram).sum(-1)
+
+
+def row_losses(error: Tensor, gram: Tensor) -> Tensor:
+    """The same for every row e of `error`, e gram e^T: (..., out).
+
+    gram is symmetric: what its blocks above the diagonal add counts twice, and those below are not multiplied.
+    """
+    total = error.new_zeros(error.shape[:-1])
+    for block in _blocks(error.shape[-1]):
+        product = error[..., block] @ gram[..., block, block]
+        if block.start:
+            above = error[..., : block.start] @ gram[..., : block.start, block]
+            product.add_(above, alpha=2)
+        total += product.mul_(error[..., block]).sum(-1)
+    return total
+
+
+def _blocks(columns: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
+
+
+def _divided(gram: Tensor, scale: Tensor) -> Tensor:
+    """gram / outer(scale, scale), a few rows at a time: (in, in)."""
+    divided = torch.empty_like(gram)
+    for block in _blocks(len(gram)):
+        torch.div(gram[block], torch.outer(scale[block], scale), out=divided[block])
+    return divided

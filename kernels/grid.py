@@ -19,6 +19,7 @@ from torch import Tensor
 BITS = (2, 3, 4, 5, 6, 8)
 ROW = -1
 TENSOR = 0
+ROWS = 64  # worked on at once, where that keeps what is in between in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,18 @@ def fit(
     weight (..., out, in), clip broadcastable to (..., out, groups)  ->  scale of `dtype`, zero uint8, both
     (..., out, groups). A group of zeros gets scale 1.
     """
+    low, high = extremes(weight, grid)
+    return between(low * clip, high * clip, grid, dtype)
+
+
+def extremes(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of each group: weight (..., out, in)  ->  two (..., out, groups) float32."""
     groups = weight.float().unflatten(-1, (-1, grid.width(weight.shape[-1])))
     low, high = groups.amin(-1), groups.amax(-1)
     if grid.group == TENSOR:
         low = low.amin(-2, keepdim=True).expand_as(low)
         high = high.amax(-2, keepdim=True).expand_as(high)
-    return between(low * clip, high * clip, grid, dtype)
+    return low, high
 
 
 def between(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -115,20 +122,31 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """The nearest codes: weight (..., out, in), scale and zero (..., out, groups)  ->  codes (..., out, in) uint8."""
     groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
-    codes = torch.round(groups / scale.float().unsqueeze(-1)) + zero.float().unsqueeze(-1)
-    return codes.clamp_(0, grid.levels - 1).to(torch.uint8).flatten(-2)
+    codes = float_codes(groups, scale.float().unsqueeze(-1), zero.float().unsqueeze(-1), grid)
+    return codes.to(torch.uint8).flatten(-2)
+
+
+def float_codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes as float32, so that arithmetic goes on in place: all float32, scale and zero broadcastable."""
+    return (values / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """codes (..., out, in), scale and zero (..., out, groups)  ->  weight (..., out, in) float32."""
     groups = codes.unflatten(-1, (scale.shape[-1], -1)).float()
-    return ((groups - zero.float().unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(-2)
+    return (groups - zero.float().unsqueeze(-1)).mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def round_trip(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0) -> Tensor:
-    """The weight as its grid would store it, float32: dequantize(quantize(fit)) in one call."""
-    scale, zero = fit(weight, grid, dtype, clip)
-    return dequantize(quantize(weight, scale, zero, grid), scale, zero)
+    """The weight as its grid would store it, float32: fit, quantize and dequantize in one call."""
+    return nearest(weight, *fit(weight, grid, dtype, clip), grid)
+
+
+def nearest(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """dequantize(quantize(weight)) bit for bit, without the detour over uint8: (..., out, in) float32."""
+    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    scale, zero = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+    return float_codes(groups, scale, zero, grid).sub_(zero).mul_(scale).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -155,20 +173,14 @@ def round_input(x: Tensor, grid: Grid, limits: Limits | None = None) -> Tensor:
         scale, zero = scale.expand(len(rows), 1), zero.expand(len(rows), 1)
     else:
         scale, zero = fit(rows, grid, torch.float32)
-    return _nearest(rows, scale, zero, grid).reshape(x.shape).to(x.dtype)
-
-
-def _nearest(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """dequantize(quantize(values)) without the detour over uint8: values (..., out, in) float32, in place of codes."""
-    groups = values.unflatten(-1, (scale.shape[-1], -1))
-    scale, zero = scale.unsqueeze(-1), zero.float().unsqueeze(-1)
-    codes = torch.round(groups / scale).clamp_(-zero, grid.levels - 1 - zero)
-    return (codes * scale).flatten(-2)
+    return nearest(rows, scale, zero, grid).reshape(x.shape).to(x.dtype)
 
 
 def to_grid(
     weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0
 ) -> QuantizedWeight:
-    """Round to nearest on the fitted grid."""
+    """Round to nearest on the fitted grid: weight (out, in)."""
     scale, zero = fit(weight, grid, dtype, clip)
-    return QuantizedWeight(quantize(weight, scale, zero, grid), scale, zero, grid)
+    slabs = zip(weight.split(ROWS), scale.split(ROWS), zero.split(ROWS), strict=True)
+    codes = torch.cat([quantize(*slab, grid) for slab in slabs])
+    return QuantizedWeight(codes, scale, zero, grid)

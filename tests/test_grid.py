@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq.kernels.grid import BITS, ROW, Grid, dequantize, fit, quantize, to_grid
+from vlmq.kernels.grid import BITS, ROW, TENSOR, Grid, dequantize, fit, quantize, round_trip, to_grid
 
 
 def textbook(weight, bits, group, symmetric):
@@ -82,3 +82,22 @@ def test_a_group_that_does_not_divide_names_those_that_do():
         ValueError, match=r"96 columns do not divide into groups of 64; choose --group-size 16, 32 or row"
     ):
         Grid(4, 64).width(96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("group", [32, ROW, TENSOR])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_round_trip_is_what_its_codes_say_bit_for_bit(dtype, group, symmetric):
+    weight, grid = torch.randn(150, 64, generator=torch.Generator().manual_seed(0)), Grid(4, group, symmetric)
+    scale, zero = fit(weight, grid, dtype, 0.7)
+    said = dequantize(quantize(weight, scale, zero, grid), scale, zero)
+    found = round_trip(weight, grid, dtype, 0.7)
+    assert torch.equal(found.view(torch.int32), said.view(torch.int32))  # 0 and -0 are told apart
+
+
+@pytest.mark.parametrize("group", [32, ROW, TENSOR])
+def test_rows_are_rounded_alike_however_many_are_worked_on_at_once(group, monkeypatch):
+    weight, grid = torch.randn(150, 64, generator=torch.Generator().manual_seed(0)), Grid(4, group)
+    found = to_grid(weight, grid)
+    monkeypatch.setattr("vlmq.kernels.grid.ROWS", 1000)
+    assert torch.equal(found.codes, to_grid(weight, grid).codes)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -188,3 +190,43 @@ def test_the_clip_of_a_whole_tensor_is_one_for_all_rows(inputs, weight, symmetri
     assert (clipped.scale == clipped.scale[0, 0]).all()
     losses = [output_loss(found.dequantize() - weight, statistics.gram) for found in (plain, clipped)]
     assert losses[1] < losses[0]
+
+
+@pytest.fixture
+def wide():
+    """Correlated rows of more columns than one block of a Gram matrix has."""
+    x = torch.randn(300, 1100, generator=torch.Generator().manual_seed(0))
+    x[:, 1:] += x[:, :-1].clone()
+    return x
+
+
+def test_a_gram_matrix_of_several_blocks_is_that_of_all_rows(wide):
+    counts = torch.randint(1, 4, (len(wide),), generator=torch.Generator().manual_seed(3))
+    found = Statistics.empty(1100)
+    for part, weights in zip(wide.split(130), counts.split(130), strict=True):
+        found.add(part, weights)
+    exact = (wide.double() * counts.unsqueeze(1)).T @ wide.double()
+    torch.testing.assert_close(found.gram.double(), exact, rtol=1e-5, atol=1e-2)
+
+
+def test_the_loss_from_a_gram_matrix_of_several_blocks_is_the_squared_error_of_the_outputs(wide):
+    errors = torch.randn(3, 5, 1100, generator=torch.Generator().manual_seed(1))
+    direct = (wide.double() @ errors.double().mT).square().sum((-2, -1))
+    torch.testing.assert_close(output_loss(errors, seen(wide).gram).double(), direct, rtol=1e-5, atol=0)
+
+
+def test_a_gram_matrix_of_several_blocks_is_divided_like_its_input(wide):
+    scale = torch.rand(1100, generator=torch.Generator().manual_seed(2)) + 0.5
+    torch.testing.assert_close(seen(wide).divided_by(scale).gram, seen(wide / scale).gram, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("likely", [0.0, 0.4, 0.95])
+def test_a_scale_that_is_left_before_its_last_rows_would_not_have_won(inputs, weight, likely, monkeypatch):
+    asked = problem([weight, weight[:20] * 2], seen(inputs), Grid(3, 32))
+    best = min((awq.candidate(asked.statistics, step / 20) for step in range(20)), key=partial(awq.scale_loss, asked))
+    looked, loss = [], awq.output_loss
+    monkeypatch.setattr(awq, "output_loss", lambda *args: looked.append(1) or loss(*args))
+    monkeypatch.setattr(awq, "SLAB", 8)
+    monkeypatch.setattr(awq, "LIKELY", likely)
+    assert torch.equal(awq.rescale(asked), best)
+    assert len(looked) < 20 * (6 + 3)  # some were left

@@ -9,19 +9,20 @@ All linears that read an input share one `s`. Then each group's range is shrunk 
 error its columns cause. From H alone, the cost does not grow with the number of calibration tokens.
 """
 
-from functools import partial
+import math
 
 import torch
 from torch import Tensor
 
 from vlmq.exporter.methods.problem import Problem
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.statistics import Statistics, output_loss
-from vlmq.kernels.grid import TENSOR, Grid, QuantizedWeight, round_trip, to_grid
+from vlmq.exporter.statistics import Statistics, output_loss, row_losses
+from vlmq.kernels.grid import ROWS, TENSOR, Grid, QuantizedWeight, between, extremes, nearest, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
+LIKELY = 0.4  # the exponent that is tried first: the sooner a good one is known, the sooner the others are left
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
-ROWS = 1024  # rows searched at once: bounds the clip search's memory, but for a grid that all rows share
+SLAB = 512  # rows in one product with a Gram matrix: enough to be fast, few enough to bound the search's memory
 
 
 def rescale(problem: Problem) -> Tensor:
@@ -30,9 +31,13 @@ def rescale(problem: Problem) -> Tensor:
     By the error of the linears that read it, from the Gram matrix; with `awq_loss: block` by that of the whole block,
     which is run once for every candidate.
     """
-    by_block = any(scheme.options.awq_loss == "block" for scheme in problem.schemes)
-    loss = problem.trial if by_block else partial(scale_loss, problem)
-    return min((candidate(problem.statistics, exponent) for exponent in EXPONENTS), key=loss)
+    candidates = [candidate(problem.statistics, exponent) for exponent in EXPONENTS]
+    if any(scheme.options.awq_loss == "block" for scheme in problem.schemes):
+        return min(candidates, key=problem.trial)
+    losses = [math.inf] * len(candidates)
+    for index in sorted(range(len(candidates)), key=lambda index: abs(EXPONENTS[index] - LIKELY)):
+        losses[index] = scale_loss(problem, candidates[index], min(losses))
+    return candidates[losses.index(min(losses))]
 
 
 def candidate(statistics: Statistics, exponent: float) -> Tensor:
@@ -41,12 +46,18 @@ def candidate(statistics: Statistics, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scale_loss(problem: Problem, scale: Tensor) -> float:
-    """tr(D H D^T), summed over the weights that read the input, for one scale (in,)."""
+def scale_loss(problem: Problem, scale: Tensor, limit: float = math.inf) -> float:
+    """tr(D H D^T), summed over the weights that read the input, for one scale (in,).
+
+    No row's share is negative, so the rows that are left are not looked at once the sum is above the limit.
+    """
     total = 0.0
     for weight, scheme in zip(problem.weights, problem.schemes, strict=True):
-        error = round_trip(weight * scale, scheme.grid, problem.dtype) / scale - weight
-        total += output_loss(error, problem.statistics.gram).item()
+        for rows in (weight,) if scheme.grid.group == TENSOR else weight.split(SLAB):
+            error = round_trip(rows * scale, scheme.grid, problem.dtype).div_(scale).sub_(rows)
+            total += output_loss(error, problem.statistics.gram).item()
+            if total > limit:
+                return total
     return total
 
 
@@ -58,10 +69,13 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
 def clip(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The factor of SHRINKS for each group: weight (out, in)  ->  (out, groups); one for all of a TENSOR grid."""
     grams = _diagonal_blocks(statistics.gram, grid.width(weight.shape[1]))
+    low, high = extremes(weight, grid)
+    parts = zip(weight.split(ROWS), low.split(ROWS), high.split(ROWS), strict=True)
+    losses = [_losses(*part, grams, grid, dtype) for part in parts]
     if grid.group == TENSOR:  # one scale, so one factor: all rows count together
-        losses = torch.stack([_group_losses(weight, grams, grid, dtype, shrink).sum() for shrink in SHRINKS])
-        return torch.full((len(weight), 1), SHRINKS[int(losses.argmin())], device=weight.device)
-    return torch.cat([_clip_rows(rows, grams, grid, dtype) for rows in weight.split(ROWS)])
+        total = torch.stack([found.sum((1, 2)) for found in losses]).sum(0)
+        return torch.full((len(weight), 1), SHRINKS[int(total.argmin())], device=weight.device)
+    return torch.cat([_best(found) for found in losses])
 
 
 def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
@@ -70,18 +84,24 @@ def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _clip_rows(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    best_loss = torch.full((len(weight), len(grams)), torch.inf, device=weight.device)
-    best = torch.ones_like(best_loss)
+def _losses(weight: Tensor, low: Tensor, high: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The error that each group's own columns cause for each factor of SHRINKS (shrinks, out, groups).
+
+    weight (out, in), low and high (out, groups), its groups' extremes.
+    """
+    losses = []
     for shrink in SHRINKS:
-        loss = _group_losses(weight, grams, grid, dtype, shrink)
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best = torch.where(better, shrink, best)
-    return best
+        error = nearest(weight, *between(low * shrink, high * shrink, grid, dtype), grid).sub_(weight)
+        by_group = error.unflatten(1, (len(grams), -1)).transpose(0, 1)  # (groups, out, width)
+        losses.append(row_losses(by_group, grams).T)
+    return torch.stack(losses)
 
 
-def _group_losses(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype, shrink: float) -> Tensor:
-    """The error that each group's own columns cause when its range is shrunk (out, groups)."""
-    error = (round_trip(weight, grid, dtype, shrink) - weight).unflatten(1, (len(grams), -1))  # (out, groups, width)
-    return (torch.einsum("ogi,gij->ogj", error, grams) * error).sum(-1)
+def _best(losses: Tensor) -> Tensor:
+    """(shrinks, out, groups)  ->  the factor of least error (out, groups); of equals the first."""
+    least, factor = losses[0], torch.ones_like(losses[0])
+    for shrink, loss in zip(SHRINKS[1:], losses[1:], strict=True):
+        better = loss < least
+        least = torch.where(better, loss, least)
+        factor = torch.where(better, shrink, factor)
+    return factor

@@ -28,11 +28,12 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods import awq
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics
-from vlmq.kernels.grid import ROW, TENSOR, Grid, QuantizedWeight, dequantize, fit, quantize
+from vlmq.kernels.grid import ROW, TENSOR, Grid, QuantizedWeight, fit, float_codes
 
 BLOCK = 128  # columns rounded before the columns beyond them are moved
 STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
 SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
+PANEL = 512  # columns that a factor is inverted, or put in order, by: bounds what is needed beside it
 ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
 
 
@@ -49,7 +50,7 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
         raise ValueError("act_order tears apart groups that are fitted on the way; it needs static_groups")
     inputs = statistics.gram.diagonal()
     order = inputs.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(inputs))
-    moves = _moves(statistics, order.to(weight.device), options.damp, options.gptaq)
+    moves = _moves(statistics, order.to(weight.device), options.damp, options.gptaq)  # first: it needs the most memory
     rows = len(weight)
     alive = pad(weight.masked_fill(inputs == 0, 0), (0, 0, 0, -rows % SLAB))  # rows of zeros fill up the last slab
     width = grid.width(alive.shape[1])
@@ -78,7 +79,10 @@ def _moves(statistics: Statistics, order: Tensor, damp: float, asymmetric: bool)
     if asymmetric and statistics.cross is None:
         raise ValueError("gptaq needs what the full-precision model reads; statistics.cross is missing")
     factor = inverse_factor(statistics.gram, damp, order)
-    moves = [-(factor / factor.diagonal().unsqueeze(1)).float()]
+    moves = [torch.empty_like(factor, dtype=torch.float32, memory_format=torch.contiguous_format)]
+    diagonal = factor.diagonal().unsqueeze(1)
+    for panel in _panels(len(factor)):
+        moves[0][panel] = (factor[panel] / diagonal[panel]).neg_()
     if asymmetric and statistics.cross is not None:
         cross = statistics.cross[order][:, order].double()
         moves.append(((cross @ factor.T).triu_(1) @ factor).float())
@@ -91,21 +95,56 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
     Rows and columns are put in `order` (in,) first. A channel that is always 0 gets diagonal 1.
     """
     backwards = order.flip(0)  # a lower factor read backwards is upper: H = M M^T, so that U = M^-1
-    gram = gram[backwards][:, backwards]
-    dead = gram.diagonal() == 0
-    share = damp * gram.diagonal().double().mean()
+    inputs = gram.diagonal()[backwards]
+    share = damp * inputs.double().mean()
+    # At 11008 columns it is 1 GB, so there is one such matrix; LAPACK works in place on columns that lie side by side.
+    factor = torch.empty_like(gram, dtype=torch.float64, memory_format=torch.contiguous_format).mT
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for attempt in range(ATTEMPTS):
-        damped = gram.double()
-        damped.diagonal().add_(share * 10**attempt).masked_fill_(dead, 1)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # at 11008 columns each copy is 1 GB
+        for panel in _panels(len(gram)):
+            factor[:, panel] = gram[backwards[panel]][:, backwards].T
+        factor.diagonal().add_(share * 10**attempt).masked_fill_(inputs == 0, 1)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            _invert(factor)
+            _turn(factor)
+            return factor
     raise VlmqError(
         f"the Gram matrix of an input cannot be factored, not even with damp={damp * 10 ** (ATTEMPTS - 1):g}; "
         "calibrate with more samples or --option damp=0.1"
     )
+
+
+def _invert(lower: Tensor) -> None:
+    """The inverse of a lower triangular matrix, in place: of [A 0; B C] it is [A' 0; -C'BA' C'], where ' inverts."""
+    if len(lower) <= PANEL:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = len(lower) // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    for panel in _panels(half):
+        below[:, panel] = torch.linalg.solve_triangular(last, below[:, panel], upper=False)
+    for panel in _panels(len(below)):
+        below[panel] = torch.linalg.solve_triangular(first, below[panel], upper=False, left=False).neg_()
+    _invert(first)
+    _invert(last)
+
+
+def _turn(matrix: Tensor) -> None:
+    """Reverse the rows and the columns of a square matrix whose columns lie side by side, in place."""
+    columns = matrix.mT
+    for panel in _panels(len(matrix) // 2):
+        mirror = slice(len(matrix) - panel.stop, len(matrix) - panel.start)
+        front = columns[panel].flip(0, 1)
+        columns[panel] = columns[mirror].flip(0, 1)
+        columns[mirror] = front
+    if len(matrix) % 2:
+        columns[len(matrix) // 2] = columns[len(matrix) // 2].flip(0)
+
+
+def _panels(columns: int) -> list[slice]:
+    return [slice(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
 
 
 def _round_columns(
@@ -125,6 +164,7 @@ def _round_columns(
     """
     codes = torch.empty_like(weight, dtype=torch.uint8)
     errors = torch.empty_like(weight)
+    steps, offsets = scale.float(), zero.float()
     # A group that is fitted on the way lies in one block, whose columns are up to date where a group begins.
     block = BLOCK if static else max(width, BLOCK - BLOCK % width)
     for start in range(0, len(weight), block):
@@ -137,11 +177,10 @@ def _round_columns(
                     scale[group], zero[group] = (
                         fitted.squeeze(1) for fitted in fit(weight[column : column + width].T, grid, scale.dtype)
                     )
-                value = weight[column].unsqueeze(1)
-                level = scale[group].unsqueeze(1), zero[group].unsqueeze(1)
-                code = quantize(value, *level, grid)
-                codes[order[column]] = code.squeeze(1)
-                errors[column] = (value - dequantize(code, *level)).squeeze(1)
+                    steps[group], offsets[group] = scale[group], zero[group]
+                code = float_codes(weight[column], steps[group], offsets[group], grid)
+                codes[order[column]] = code
+                torch.sub(weight[column], code.sub_(offsets[group]).mul_(steps[group]), out=errors[column])
                 for move, source in zip(moves, (errors, weight), strict=False):
                     weight[column + 1 : last] += move[column, column + 1 : last].unsqueeze(1) * source[column]
             _move(weight, errors, moves, slice(first, last), slice(last, stop))
@@ -158,4 +197,4 @@ def _move(weight: Tensor, errors: Tensor, moves: list[Tensor], done: slice, ahea
     left = [source[done] for source in (errors, weight)[: len(moves)]]
     for first in range(0, weight.shape[1] if len(move) else 0, SLAB):
         slab = slice(first, first + SLAB)
-        weight[ahead, slab] += move @ torch.cat([source[:, slab] for source in left])
+        weight[ahead, slab].addmm_(move, torch.cat([source[:, slab] for source in left]))

@@ -1,0 +1,136 @@
+"""What an export costs at the shapes that people have: peak memory, wall and processor seconds of RTN, AWQ and GPTQ.
+
+    python benchmarks/scale.py [--shape llava-1.5-7b] [--scale 0.25] [--method awq] [--samples 32] [--blocks 2]
+
+The checkpoint has random weights of the shape named (`random_checkpoint.py`), the samples are random pictures with a
+request for a caption, and each export is `vlmq export` at 4 bits in groups of 128 in a process of its own, whose peak
+resident memory and processor seconds the operating system tells. A result says what part of the shape it is of. Run
+again, the command keeps what results/scale.json has of other shapes, parts, methods and numbers of samples.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from shutil import rmtree
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).parent
+SHAPES = ("blip2-opt-2.7b", "llava-1.5-7b")
+METHODS = ("rtn", "awq", "gptq")
+SIDE = 400  # pixels of a picture, more than any of the shapes reads
+WHICH = ("shape", "scale", "blocks", "method", "samples")  # of two rows that agree in these the later one counts
+
+
+def measured(command: list[str], log: Path) -> dict[str, float]:
+    """Run a command to its end: seconds, and the peak of its resident memory in bytes; what it prints goes to `log`.
+
+    wait4(2) tells of this one process and of those it has waited for.
+    """
+    start = time.perf_counter()
+    with log.open("w") as output:
+        started = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _, status, used = os.wait4(started.pid, 0)
+        except BaseException:
+            started.kill()
+            raise
+    wall = time.perf_counter() - start
+    started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        sys.exit(f"scale: {' '.join(command)} ended with {started.returncode}; {log} says\n{log.read_text()[-2000:]}")
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+    cpu = used.ru_utime + used.ru_stime
+    return {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "peak_bytes": used.ru_maxrss * unit}
+
+
+def checkpoint(shape: str, scale: float, blocks: int | None, folder: Path) -> Path:
+    """The random checkpoint, made unless it is there; in a process of its own, for a child begins with our peak."""
+    part = f"{shape}-x{scale:g}" + ("" if blocks is None else f"-{blocks}-blocks")
+    made = folder / part
+    if not made.is_dir():
+        command = [sys.executable, str(HERE / "random_checkpoint.py"), shape, str(made), "--scale", f"{scale:g}"]
+        measured([*command, *([] if blocks is None else ["--blocks", str(blocks)])], folder / f"{part}.log")
+    return made
+
+
+def pictures(count: int, folder: Path) -> Path:
+    """A folder of so many pictures of coloured noise, coarse and fine."""
+    made = folder / f"pictures-{count}"
+    made.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        coarse = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE)), dtype=np.int16)
+        picture = picture + generator.integers(-20, 20, picture.shape)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(made / f"{index:04}.png")
+    return made
+
+
+def layers(folder: Path) -> dict[str, int]:
+    """How many layers each transformer of a checkpoint has."""
+    config = json.loads((folder / "config.json").read_text())
+    parts = {"vision": "vision_config", "connector": "qformer_config", "language": "text_config"}
+    return {part: config[name]["num_hidden_layers"] for part, name in parts.items() if name in config}
+
+
+def export(source: Path, method: str, data: Path, samples: int, folder: Path) -> dict[str, object]:
+    """One export: what it cost, and what it wrote."""
+    output = folder / f"{source.name}-{method}"
+    rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "vlmq.cli", "export", str(source), "-o", str(output), "--method", method]
+    command += ["--bits", "4", "--group-size", "128", "--format", "safetensors", "--no-verify"]
+    command += ["--calibration", str(data), "--samples", str(samples)]
+    cost = measured(command, folder / f"{output.name}.log")
+    count = layers(source)
+    found = {
+        **cost,
+        "layers": count,
+        "seconds_per_layer": round(cost["seconds"] / sum(count.values()), 2),
+        "source_bytes": sum(file.stat().st_size for file in source.glob("*.safetensors")),
+        "written_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+    }
+    rmtree(output)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--samples", nargs="+", type=int, default=[32])
+    parser.add_argument("--scale", type=float, default=1.0, help="of widths, heads and layers")
+    parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, 2 or more")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlmq-scale", help="for checkpoints"
+    )
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for shape in options.shape:
+        source = checkpoint(shape, options.scale, options.blocks, options.folder)
+        for samples in options.samples:
+            data = pictures(samples, options.folder)
+            for method in options.method:
+                found = export(source, method, data, samples, options.folder)
+                which = (shape, options.scale, options.blocks, method, samples)
+                rows.append({**dict(zip(WHICH, which, strict=True)), **found})
+                print(json.dumps(rows[-1]), flush=True)
+
+    import common  # not before the exports: it loads torch, and a child begins with our peak
+
+    before = common.RESULTS / "scale.json"
+    kept = json.loads(before.read_text())["results"] if before.exists() else []
+    new = {tuple(row[key] for key in WHICH) for row in rows}
+    rows = [row for row in kept if tuple(row[key] for key in WHICH) not in new] + rows
+    print(common.write("scale", "python benchmarks/scale.py", rows))
+
+
+if __name__ == "__main__":
+    main()
