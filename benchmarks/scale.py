@@ -84,7 +84,7 @@ def export(source: Path, method: str, data: Path, samples: int, folder: Path) ->
     """One export: what it cost, and what it wrote."""
     output = folder / f"{source.name}-{method}"
     rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "vlmq.cli", "export", str(source), "-o", str(output), "--method", method]
+    command = [sys.executable, "-m", "vlmq", "export", str(source), "-o", str(output), "--method", method]
     command += ["--bits", "4", "--group-size", "128", "--format", "safetensors", "--no-verify"]
     command += ["--calibration", str(data), "--samples", str(samples)]
     cost = measured(command, folder / f"{output.name}.log")

@@ -64,7 +64,7 @@ def quantize(
             _check_seen(stage, given, calls)
         with ends.unread(model, stage):
             if calibration and _is_tuned(stage, given):
-                given = _tuned(stage, given, calibration)
+                given = _tuned(stage, given, calibration, list(calls.values()))
             spans = _spans(stage, given, list(calls.values()))
             if calibration and journal and journal.state and ahead > 0:
                 calibration.resume(journal.state, calls)
@@ -100,13 +100,19 @@ def _is_tuned(stage: tuple[Block, ...], given: Given) -> bool:
     return any(vision_tuning.is_tuned(given.schemes.get(site.name)) for site in sites)
 
 
-def _tuned(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> Given:
-    """The ranges of a stage of the vision encoder, tuned from what its sites are solved to without it."""
-    calls = list(calibration.calls(stage).values())
+def _tuned(stage: tuple[Block, ...], given: Given, calibration: Calibration, calls: list[Call]) -> Given:
+    """The ranges of a stage of the vision encoder, tuned from what its sites are solved to without it.
+
+    calls: at the stage's start, where they are left.
+    """
+    streams = [*calls, *(call.reference for call in calls if call.reference)]
+    places = [call.place for call in streams]
     start: dict[str, Solved] = {}
     for span in _spans(stage, given, calls):
         for found in _quantize_span(span, given, calls, last=span[-1] is stage[-1]):
             start |= found.sites
+    for call, place in zip(streams, places, strict=True):
+        call.place = place
     return replace(given, tuned=vision_tuning.tune(given.checkpoint, calibration.batches, given.schemes, start))
 
 
