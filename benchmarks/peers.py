@@ -14,6 +14,7 @@ every tool has run.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import common
 SCRIPTS = Path(__file__).parent / "peers"
 LANGUAGE_ALONE = "language model alone"
 LLAVA = "LLaVA"
+LAYERS = 8
 SURROUNDINGS = {
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",  # or threads that wait for a busy core count as work
@@ -36,6 +38,10 @@ SURROUNDINGS = {
 }
 KEPT = [part for name in ("vision", "connector") for part in (f"--{name}-bits", "16")]
 GRID = ["--bits", "4", "--group-size", "128", "--symmetric", *KEPT]
+
+
+class Failed(Exception):  # noqa: N818 - a result like others
+    """A process ended badly; the message is the last line it wrote."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,21 @@ class Tool:
         script = SCRIPTS / f"run_{self.environment.replace('-', '_')}.py"
         return [self.python(environments), str(script), self.method, str(inputs), str(output)]
 
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """Its process's variables; where to import vlmq from is no business of others."""
+        hidden = {"PYTHONPATH"} if self.environment else set()
+        return {**{name: value for name, value in os.environ.items() if name not in hidden}, **SURROUNDINGS}
+
+    def ask(self, *command: object) -> str:
+        """The last line that a process prints."""
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env=self.surroundings, check=False
+        )
+        if done.returncode:
+            raise Failed(_last_line(done.stderr, done.returncode))
+        return (done.stdout.strip().splitlines() or [""])[-1]
+
     def python(self, environments: Path) -> str:
         return str(environments / self.environment / "bin" / "python") if self.environment else sys.executable
 
@@ -72,13 +93,10 @@ TOOLS = (
 )
 
 
-class Failed(Exception):  # noqa: N818 - a result like others
-    """A process ended badly; the message is the last line it wrote."""
-
-
 def quantize(tool: Tool, inputs: Path, output: Path, environments: Path) -> dict:
-    """Run the tool's process in an empty folder; what it cost."""
-    subprocess.run(["rm", "-rf", str(output)], check=True)
+    """Run the tool's process in an empty folder and make its weights dense; what it cost."""
+    if output.exists():
+        shutil.rmtree(output)
     output.mkdir(parents=True)
     started, load = time.time(), os.getloadavg()[0]
     with (output / "log").open("w") as log:
@@ -86,20 +104,21 @@ def quantize(tool: Tool, inputs: Path, output: Path, environments: Path) -> dict
             ["nice", "-n", "5", *tool.command(inputs, output, environments)],
             stdout=log,
             stderr=log,
-            env={**os.environ, **SURROUNDINGS, "STARTED": str(started)},
+            env={**tool.surroundings, "STARTED": str(started)},
         )
         _, status, used = os.wait4(process.pid, 0)
+        wall = time.time() - started
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise Failed(_last_line((output / "log").read_text(), process.returncode))
     if tool.environment is None:
         found = {
-            "wall_s": time.time() - started,
+            "wall_s": wall,
             "cpu_s": used.ru_utime + used.ru_stime,
             "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             "versions": {"vlmq": common.revision()},
         }
-        _json_of([sys.executable, str(SCRIPTS / "run_vlmq.py"), str(output)], parse=False)
+        tool.ask(sys.executable, SCRIPTS / "run_vlmq.py", output)
     else:
         found = json.loads((output / "cost.json").read_text())
     return {**found, "load": [load, os.getloadavg()[0]]}
@@ -110,33 +129,22 @@ def measure(tool: Tool, inputs: Path, output: Path, environments: Path, repeat: 
     said = {"what": tool.what, "method": tool.method}
     try:
         if tool.environment:
-            make = ["sh", str(SCRIPTS / "environments.sh"), str(environments), tool.environment]
-            _json_of(make, parse=False)
+            tool.ask("sh", SCRIPTS / "environments.sh", environments, tool.environment)
         runs = [quantize(tool, inputs, output, environments) for _ in range(repeat)]
-        dense = output / "dense.safetensors"
+        model, dense = output / "model", output / "dense.safetensors"
         return {
             **said,
             **{key: statistics.median(run[key] for run in runs) for key in ("wall_s", "cpu_s", "peak_bytes")},
             "runs": runs,
-            "errors": _json_of([sys.executable, str(SCRIPTS / "score.py"), str(inputs), str(dense)]),
-            **_json_of(
-                [tool.python(environments), str(SCRIPTS / "reload.py"), *map(str, (inputs, output / "model", dense))]
-            ),
+            "errors": json.loads(TOOLS[0].ask(sys.executable, SCRIPTS / "score.py", inputs, dense)),
+            **json.loads(tool.ask(tool.python(environments), SCRIPTS / "reload.py", inputs, model, dense)),
         }
     except Failed as failure:
         return {**said, "failed": str(failure)}
 
 
-def _json_of(command: list[str], parse: bool = True) -> dict:
-    """The last line that a process printed, read as JSON."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SURROUNDINGS}, check=False)
-    if done.returncode:
-        raise Failed(_last_line(done.stderr, done.returncode))
-    return json.loads(done.stdout.strip().splitlines()[-1]) if parse else {}
-
-
 def _last_line(text: str, code: int) -> str:
-    return f"exit code {code}: {(text.strip().splitlines() or ['nothing was printed'])[-1]}"
+    return f"exit code {code}: {(text.strip().splitlines() or [''])[-1]}"
 
 
 def with_ratios(results: dict[str, dict]) -> dict[str, dict]:
@@ -151,33 +159,33 @@ def with_ratios(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def table(results: dict[str, dict]) -> str:
-    head = f"{'tool':20} {'wall s':>7} {'CPU s':>7} {'peak GB':>7} {'hidden':>7} {'logits':>7} {'KL':>8}  over vlmq: CPU, peak, error"
-    lines = [head]
+    numbers = ("wall s", "CPU s", "peak GB", "hidden", "logits", "KL", "/CPU", "/peak", "/hidden")
+    lines = [f"{'tool':20}" + "".join(f"{name:>9}" for name in numbers) + "  (/: over vlmq's)"]
     for name, one in results.items():
         if "failed" in one:
             lines.append(f"{name:20} failed: {one['failed']}")
             continue
         errors, ratios = one["errors"], one.get("ratios", {})
-        over = " ".join(f"{ratios[key]:6.2f}" for key in ("cpu_s", "peak_bytes", "hidden")) if ratios else ""
-        lines.append(
-            f"{name:20} {one['wall_s']:7.0f} {one['cpu_s']:7.0f} {one['peak_bytes'] / 1e9:7.2f} {errors['hidden']:7.4f} "
-            f"{errors['logits']:7.4f} {errors['kl']:8.5f}  {over}  {one['what']}; "
-            f"{'reloads' if one['reloads'] else 'does not reload'}: {one['why']}"
-        )
+        figures = [f"{one['wall_s']:9.0f}{one['cpu_s']:9.0f}{one['peak_bytes'] / 1e9:9.2f}"]
+        figures += [f"{errors[key]:9.4f}" for key in ("hidden", "logits", "kl")]
+        figures += [f"{ratios[key]:9.2f}" if ratios else " " * 9 for key in ("cpu_s", "peak_bytes", "hidden")]
+        reads = "reloads" if one["reloads"] else "does not reload"
+        lines.append(f"{name:20}{''.join(figures)}  {one['what']}; {reads}: {one['why']}")
     return "\n".join(lines)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, default=Path(gettempdir()) / "vlmq-peers", help="where all is made")
+    arguments.add_argument("--folder", type=Path, default=Path(gettempdir()) / "peers", help="where all is made")
     arguments.add_argument(
         "--only", nargs="+", choices=[tool.name for tool in TOOLS], help="run these, again if need be"
     )
     arguments.add_argument("--repeat", type=int, default=1, help="runs of each; medians are given")
+    arguments.add_argument("--layers", type=int, default=LAYERS, help="of the Llama; others than 8 are a rehearsal")
     said = arguments.parse_args()
     inputs, outputs = said.folder / "inputs", said.folder / "outputs"
     if not inputs.exists():
-        subprocess.run([sys.executable, str(SCRIPTS / "inputs.py"), str(inputs)], check=True)
+        subprocess.run([sys.executable, str(SCRIPTS / "inputs.py"), str(inputs), str(said.layers)], check=True)
     results = {}
     for tool in TOOLS:
         kept = said.folder / f"{tool.name}.json"
@@ -188,7 +196,9 @@ def main() -> None:
         if kept.exists():
             results[tool.name] = json.loads(kept.read_text())
     print(table(with_ratios(results)))
-    if len(results) == len(TOOLS):
+    if said.layers != LAYERS:
+        print("a rehearsal; nothing is written")
+    elif len(results) == len(TOOLS):
         print(common.write("peers", "python benchmarks/peers.py", results))
     else:
         print(f"{len(TOOLS) - len(results)} tools have not run in {said.folder}; run again without --only")

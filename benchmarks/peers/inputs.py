@@ -1,10 +1,10 @@
 """Make what every quantizer is given: a random LLaVA, calibration samples and held-out ones, and their tensors.
 
-    python benchmarks/peers/inputs.py FOLDER
+    python benchmarks/peers/inputs.py FOLDER LAYERS
 
 | in FOLDER                 | what                                                                                     |
 |---------------------------|------------------------------------------------------------------------------------------|
-| `checkpoint/`             | LLaVA, fp32: Llama 1024 x 8 layers with a 2816 wide MLP, CLIP 512 x 8, 8192 words        |
+| `checkpoint/`             | LLaVA, fp32: Llama 1024 x LAYERS with a 2816 wide MLP, CLIP 512 x 8, 8192 words        |
 | `language/`               | its Llama alone, for tools that take no LLaVA                                            |
 | `calibration/`            | a .jsonl and pictures, which vlmq reads                                                  |
 | `calibration.safetensors` | what vlmq makes of them: input_ids, attention_mask, pixel_values; and `language_ids`     |
@@ -52,7 +52,7 @@ SAMPLES, LENGTH = 16, 128  # tokens of a sample, image tokens included
 DIRECTIONS = 64
 
 
-def config() -> LlavaConfig:
+def config(layers: int) -> LlavaConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=512,
@@ -66,7 +66,7 @@ def config() -> LlavaConfig:
         text_config=LlamaConfig(
             hidden_size=1024,
             intermediate_size=2816,
-            num_hidden_layers=8,
+            num_hidden_layers=layers,
             num_attention_heads=16,
             vocab_size=VOCABULARY,
             max_position_embeddings=512,
@@ -80,9 +80,9 @@ def config() -> LlavaConfig:
 
 
 @torch.no_grad()
-def model() -> LlavaForConditionalGeneration:
+def model(layers: int) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    made = LlavaForConditionalGeneration(config()).eval()
+    made = LlavaForConditionalGeneration(config(layers)).eval()
     for name, parameter in made.named_parameters():
         if name.endswith("embed_tokens.weight"):
             shared = torch.randn(VOCABULARY, DIRECTIONS) @ torch.randn(DIRECTIONS, parameter.shape[1])
@@ -157,9 +157,9 @@ def language_alone(llava: LlavaForConditionalGeneration, tensors: dict[str, Tens
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, layers = Path(sys.argv[1]), int(sys.argv[2])
     folder.mkdir(parents=True)
-    llava, reads = model(), processor()
+    llava, reads = model(layers), processor()
     llava.save_pretrained(folder / "checkpoint")
     reads.save_pretrained(folder / "checkpoint")
     for seed, name in enumerate(("calibration", "heldout")):

@@ -16,7 +16,7 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in which the syst
 
 
 def cost(folder: Path, *packages: str) -> None:
-    """Write FOLDER/cost.json: wall and CPU seconds, peak resident memory, versions. To be called before `save_dense`."""
+    """Write FOLDER/cost.json: wall and CPU seconds, peak resident memory, versions. Call it before `save_dense`."""
     used, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {
         "wall_s": time.time() - STARTED,

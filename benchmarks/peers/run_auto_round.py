@@ -1,9 +1,9 @@
-"""auto-round on LLaVA: `run_auto_round.py signround INPUTS OUTPUT`. 20 steps of signed gradients a block (default: 200).
+"""auto-round on LLaVA: `run_auto_round.py signround INPUTS OUTPUT`.
 
+A block is tuned by 20 steps of signed gradients, not the default 200, which would take hours.
 It quantizes the language model's blocks and leaves the rest, which is what its defaults do with a LLaVA.
 """
 
-import json
 import sys
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""GPTQModel, GPTQ or AWQ, on the Llama alone, with image features as embeddings: `run_gptqmodel.py METHOD INPUTS OUTPUT`.
+"""GPTQModel on the Llama alone, image features as embeddings: `run_gptqmodel.py awq|gptq INPUTS OUTPUT`.
 
 It has no LLaVA. Its AWQ takes half precision only.
 """
