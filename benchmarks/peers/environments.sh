@@ -19,8 +19,10 @@ for peer; do
         $pip install "$torch" "transformers>=5.20.2" accelerate datasets safetensors threadpoolctl device-smi protobuf \
             requests pypcre tokenicer logbar ninja torchao defuser pillow setuptools
         $pip install --no-deps "gptqmodel==7.7.*"
+        # Its packer is compiled where it is first used; now, so that no measurement has it in it.
+        "$folder/$peer/bin/python" -c "from gptqmodel import extension; extension.load('pack_block_cpu')"
         ;;
-    auto-round) $pip install "$torch" "auto-round==0.16.*" torchvision ;;
+    auto-round) $pip install "$torch" "auto-round==0.16.*" pillow ;;
     esac
     touch "$folder/$peer/ready"
 done

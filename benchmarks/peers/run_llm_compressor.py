@@ -61,7 +61,7 @@ def main() -> None:
     for module, tensors in by_module(load_all(output / "model")).items():
         if "weight_packed" in tensors:
             tensors = PackedQuantizationCompressor.decompress(tensors, scheme)
-        weights[f"{module}.weight"] = tensors["weight"]
+        weights |= {f"{module}.weight": tensor for leaf, tensor in tensors.items() if leaf == "weight"}
     save_dense(output, weights)
 
 
