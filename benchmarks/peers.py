@@ -105,6 +105,7 @@ def quantize(tool: Tool, inputs: Path, output: Path, environments: Path) -> dict
             stdout=log,
             stderr=log,
             env={**tool.surroundings, "STARTED": str(started)},
+            cwd=output,  # some leave logs where they are started
         )
         _, status, used = os.wait4(process.pid, 0)
         wall = time.time() - started
@@ -176,21 +177,22 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, default=Path(gettempdir()) / "peers", help="where all is made")
+    arguments.add_argument("--folder", type=Path, default=Path(gettempdir(), "peers"), help="where all is made")
     arguments.add_argument(
         "--only", nargs="+", choices=[tool.name for tool in TOOLS], help="run these, again if need be"
     )
     arguments.add_argument("--repeat", type=int, default=1, help="runs of each; medians are given")
     arguments.add_argument("--layers", type=int, default=LAYERS, help="of the Llama; others than 8 are a rehearsal")
     said = arguments.parse_args()
-    inputs, outputs = said.folder / "inputs", said.folder / "outputs"
+    folder = said.folder.absolute()
+    inputs, outputs = folder / "inputs", folder / "outputs"
     if not inputs.exists():
         subprocess.run([sys.executable, str(SCRIPTS / "inputs.py"), str(inputs), str(said.layers)], check=True)
     results = {}
     for tool in TOOLS:
-        kept = said.folder / f"{tool.name}.json"
+        kept = folder / f"{tool.name}.json"
         if tool.name in said.only if said.only else not kept.exists():
-            found = measure(tool, inputs, outputs / tool.name, said.folder / "environments", said.repeat)
+            found = measure(tool, inputs, outputs / tool.name, folder / "environments", said.repeat)
             kept.write_text(json.dumps(found, indent=1) + "\n")
             print(table({tool.name: found}), flush=True)
         if kept.exists():
@@ -201,7 +203,7 @@ def main() -> None:
     elif len(results) == len(TOOLS):
         print(common.write("peers", "python benchmarks/peers.py", results))
     else:
-        print(f"{len(TOOLS) - len(results)} tools have not run in {said.folder}; run again without --only")
+        print(f"{len(TOOLS) - len(results)} tools have not run in {folder}; run again without --only")
 
 
 if __name__ == "__main__":
