@@ -38,7 +38,9 @@ def main() -> None:
         dataset=DataLoader(samples, batch_size=BATCH),
         device_map="cpu",
     )
-    rounding.quantize_and_save(output_dir=str(output / "model"), format="auto_round")
+    rounding.quantize_and_save(output_dir=str(output / "written"), format="auto_round")
+    (folder,) = (output / "written").iterdir()  # named for its checkpoint and grid
+    folder.rename(output / "model")
     cost(output, "auto-round")
     save_dense(output, unpack(output / "model", added=1))
 
