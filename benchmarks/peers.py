@@ -81,14 +81,14 @@ class Tool:
         return str(environments / self.environment / "bin" / "python") if self.environment else sys.executable
 
 
-TOOLS = (
+TOOLS = (  # the quick ones first
     Tool("vlmq-rtn", None, "rtn", LLAVA, "vlmq-rtn"),
     Tool("vlmq-awq", None, "awq", LLAVA, "vlmq-awq"),
     Tool("vlmq-gptq", None, "gptq", LLAVA, "vlmq-gptq"),
+    Tool("llm-compressor-gptq", "llm-compressor", "gptq", LLAVA, "vlmq-gptq"),
     Tool("gptqmodel-gptq", "gptqmodel", "gptq", LANGUAGE_ALONE, "vlmq-gptq"),
     Tool("auto-round", "auto-round", "signround", LLAVA, "vlmq-gptq"),
     Tool("llm-compressor-awq", "llm-compressor", "awq", LLAVA, "vlmq-awq"),
-    Tool("llm-compressor-gptq", "llm-compressor", "gptq", LLAVA, "vlmq-gptq"),
     Tool("gptqmodel-awq", "gptqmodel", "awq", LANGUAGE_ALONE, "vlmq-awq"),
 )
 
