@@ -171,7 +171,7 @@ def table(results: dict[str, dict]) -> str:
         figures += [f"{errors[key]:9.4f}" for key in ("hidden", "logits", "kl")]
         figures += [f"{ratios[key]:9.2f}" if ratios else " " * 9 for key in ("cpu_s", "peak_bytes", "hidden")]
         reads = "reloads" if one["reloads"] else "does not reload"
-        lines.append(f"{name:20}{''.join(figures)}  {one['what']}; {reads}: {one['why']}")
+        lines.append(f"{name:20}{''.join(figures)}  {one['what']}; {reads}: {one['why'][:70]}")
     return "\n".join(lines)
 
 
