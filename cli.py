@@ -462,14 +462,16 @@ def _bytes(size: str, flag: str) -> int:
 
 @contextmanager
 def _kept_to_go_on(output: Path) -> Iterator[None]:
-    """Say so where a run ends early and what it finished is kept."""
+    """Say how to go on where a person, or the system, stopped a run."""
     from vlmq.exporter.journal import folder_of
 
     try:
         yield
-    except BaseException:
+    except SystemExit:
         if folder_of(output).is_dir():
             typer.echo("vlmq: what is finished is kept; the same command goes on from there", err=True)
+        elif output.is_dir():
+            typer.echo(f"vlmq: {output} is whole; vlmq verify {output} goes on from there", err=True)
         raise
 
 
@@ -641,9 +643,13 @@ def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
+_stopped_by: list[int] = []  # the signal: a library may take the exception for a failure of its own
+
+
 def _stop(number: int, frame: object) -> None:
     """Ctrl-C and SIGTERM end like any exception, so that what is half written is removed; not with exit code 1."""
     typer.echo("vlmq: stopped", err=True)
+    _stopped_by.append(number)
     raise SystemExit(128 + number)
 
 
@@ -660,6 +666,8 @@ def main() -> None:
         from vlmq.exporter.errors import VlmqError
         from vlmq.formats.errors import FormatError
 
+        if _stopped_by:
+            raise SystemExit(128 + _stopped_by[0]) from None
         if not isinstance(error, VlmqError | FormatError):
             traceback.print_exception(error)
             raise SystemExit(3) from None

@@ -4,8 +4,9 @@ With a folder they can be made durable, so that a run that was killed goes on fr
 """
 
 import os
+import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Kept:
         try:
             return load_file(self.file)["x"]
         except (SafetensorError, OSError) as error:
-            raise VlmqError(f"{self.file}: cannot be read ({error}); remove its folder and begin anew") from error
+            raise VlmqError(f"{self.file}: cannot be read ({error}); pass --fresh to begin anew") from error
 
 
 class Activations:
@@ -44,7 +45,9 @@ class Activations:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._held = 0
-        self._written = 0
+        # What an earlier run left is not written over: it may go on from there.
+        earlier = [int(file.stem) for file in folder.glob("*.safetensors")] if folder else []
+        self._written = max(earlier, default=-1) + 1
         self._kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> Kept:
@@ -62,7 +65,6 @@ class Activations:
         """What an earlier run left in a file, by the name that `save` gave."""
         assert self.folder is not None
         kept = Kept(file=self.folder / name)
-        self._written = max(self._written, int(Path(name).stem) + 1)
         self._kept.add(kept)
         return kept
 
@@ -89,10 +91,21 @@ class Activations:
         assert kept.tensor is not None
         kept.file = self.folder / f"{self._written:08}.safetensors"
         self._written += 1
-        save_file({"x": kept.tensor.contiguous()}, kept.file)
+        save({"x": kept.tensor}, kept.file)
 
     def _let_go(self, count: int) -> None:
         self._held -= count
+
+
+def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError where the disk is full, of which safetensors tells in words alone."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def sync(path: Path) -> None:

@@ -257,9 +257,10 @@ def vision_tokens(batch: Inputs, config: PretrainedConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is kept of one input besides its sums: whether its rows, what the reference reads, and how much the
-    tokens of the image count (text counts 1)."""
+    """What is kept of one input: its sums, or nothing; besides, whether its rows, what the reference reads, and how
+    much the tokens of the image count (text counts 1)."""
 
+    sums: bool = True
     rows: bool = False
     cross: bool = False
     vision_weight: float = 1.0
@@ -303,6 +304,8 @@ def gather(
                 call.reference.hidden = call.reference.run(module)
                 references = dict(read)
             for index, want in enumerate(wanted):
+                if not want.sums:
+                    continue
                 weights = None
                 if want.vision_weight != 1 and call.vision is not None:
                     weights = torch.where(call.vision, want.vision_weight, 1.0)

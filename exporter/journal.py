@@ -9,6 +9,7 @@ does not exist.
     blocks/00012.safetensors, activations/00000345.safetensors
 """
 
+import glob
 import json
 import os
 import shutil
@@ -19,13 +20,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmq.exporter.activations import Activations, sync
+from vlmq.exporter.activations import Activations, save, sync
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.solving import QuantizedBlock, Schemes, Solved
 from vlmq.exporter.walk import Block
+from vlmq.formats.folder import full_disk_in_words
 from vlmq.kernels.grid import Limits, QuantizedWeight
 
 State = dict[str, Any]  # of the hidden states, as `Calibration.state` says it
@@ -86,22 +87,34 @@ def journaled(output: Path, identity: Mapping[str, Any], limit: int, fresh: bool
     except Timeout:
         raise VlmqError(f"{output}: another run is exporting to it; wait for it, or choose another --output") from None
     try:
-        for left in output.parent.glob(f".{output.name}.partial-*"):  # of a run that was killed
+        for left in _partial(output):  # of a run that was killed
             shutil.rmtree(left)
         if fresh:
             _remove(folder)
-        _claim(folder, dict(identity), output)
-        journal = Journal(folder, limit)
-        try:
-            yield journal
-        except BaseException:
-            if not (folder / "state.json").exists():
-                _remove(folder)
-            raise
+        with full_disk_in_words(output.parent):
+            _claim(folder, dict(identity), output)
+            journal = Journal(folder, limit)
+            try:
+                yield journal
+            except BaseException:
+                if not (folder / "state.json").exists():
+                    _remove(folder)
+                raise
         _remove(folder)
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while held: who waits for it then sees that it is gone
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def left_behind(output: Path) -> int:
+    """Bytes on the disk that an earlier run to `output` left, and that the next one takes over or removes."""
+    output = Path(os.path.abspath(output))
+    files = (file for folder in (folder_of(output), *_partial(output)) for file in folder.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _partial(output: Path) -> list[Path]:
+    return list(output.parent.glob(f".{glob.escape(output.name)}.partial-{'[0-9a-f]' * 8}"))
 
 
 def _claim(folder: Path, identity: dict[str, Any], output: Path) -> None:
@@ -109,6 +122,7 @@ def _claim(folder: Path, identity: dict[str, Any], output: Path) -> None:
     if found is None:
         _remove(folder)  # what a run left that ended before it had said what it was
         folder.mkdir()
+        sync(folder.parent)
         _write(folder / "journal.json", identity)
         return
     differing = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
@@ -133,7 +147,7 @@ def _write_block(found: QuantizedBlock, file: Path) -> None:
             case dense:
                 tensors[f"{name} dense"] = dense
     part = file.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"sites": json.dumps(said)})
+    save(tensors, part, {"sites": json.dumps(said)})
     sync(part)
     part.rename(file)
 

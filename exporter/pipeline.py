@@ -5,10 +5,13 @@ checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
+import transformers
 from torch import nn
 
 import vlmq
@@ -36,7 +39,7 @@ from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
 from vlmq.formats import compressed_tensors, manifest, onnx_graphs
-from vlmq.formats.folder import copy_companions, refuse_place, staged
+from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
 Formats = Literal["safetensors", "onnx", "both"]
@@ -100,13 +103,15 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
         request.verify,
     )
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
-    identity = _identity(request, source, data)
+    identity = _identity(request, checkpoint, source, data)
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
         staged(request.output) as folder,
     ):
         calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
-        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, journal)
+        # A run that looks at no samples is over as soon as its weights are read: its journal would cost more than it.
+        kept = journal if calibration else None
+        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept)
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
                 written = _write_safetensors(checkpoint, blocks, assignment, Path(beside), request.max_shard_bytes)
@@ -181,14 +186,21 @@ def verify_folder(
     return verdict
 
 
-def _identity(request: Request, source: manifest.Source, data: datas.Data) -> dict[str, Any]:
+def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source, data: datas.Data) -> dict[str, Any]:
     """What the quantized blocks depend on, as a journal tells it: a run goes on only where it all is the same."""
     samples = data.calibration
     return {
-        "version": vlmq.__version__,
+        "version": [vlmq.__version__, torch.__version__, transformers.__version__],
         "source": source.model_dump(mode="json")["files"],
+        "configuration": {
+            name: sha256((checkpoint.folder / name).read_bytes()).hexdigest()
+            for name in ("config.json", *companions(checkpoint.folder))
+        },
         "recipe": request.recipe.content(),
-        "calibration": samples and [ids_sha256(samples.samples), data.digests],
+        "calibration": samples
+        and [
+            [sample.kind, sample.text, *sample.answers[:1], data.digests.get(sample.id)] for sample in samples.samples
+        ],
     }
 
 

@@ -65,9 +65,12 @@ def quantize(
         with ends.unread(model, stage):
             if calibration and _is_tuned(stage, given):
                 given = _tuned(stage, given, calibration, list(calls.values()))
-            spans = _spans(stage, given, list(calls.values()))
             if calibration and journal and journal.state and ahead > 0:
+                spans = [tuple(stage[first:last]) for first, last in journal.state["spans"]]
                 calibration.resume(journal.state, calls)
+            else:
+                spans = _spans(stage, given, list(calls.values()))
+            places = [[stage.index(span[0]), stage.index(span[-1]) + 1] for span in spans]
             for span in spans:
                 if stage.index(span[0]) < ahead:
                     continue
@@ -77,7 +80,7 @@ def quantize(
                 if calibration and span[-1] is stage[-1]:
                     calibration.finish(stage, calls)
                 if journal:
-                    journal.step(found, calibration.state(calls) if calibration else None)
+                    journal.step(found, {**calibration.state(calls), "spans": places} if calibration else None)
                 yield from found
     progress("quantizing", len(blocks), len(blocks))
 

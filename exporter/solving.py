@@ -114,6 +114,7 @@ def _wanted(entry: Input, block: Block, given: Given) -> Wanted:
     schemes = [given.schemes[site.name] for site in entry.sites if site.name in given.schemes]
     weighted = any(scheme.options.token_weights == "modality" for scheme in schemes)
     return Wanted(
+        sums=bool(schemes),
         rows=any(scheme.inputs is not None for scheme in schemes),
         cross=any(is_asymmetric(scheme) for scheme in schemes),
         vision_weight=given.vision_weights.get(block.name, 1.0) if weighted else 1.0,

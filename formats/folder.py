@@ -49,6 +49,17 @@ def refuse_place(final: Path) -> None:
 
 
 @contextmanager
+def full_disk_in_words(folder: Path) -> Iterator[None]:
+    """FormatError where writing in a folder fails for want of room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FormatError(f"{folder}: {error.strerror}; free some or choose another --output") from None
+        raise
+
+
+@contextmanager
 def staged(final: Path) -> Iterator[Path]:
     """A hidden folder beside `final` to write in, renamed to `final` when the block ends well.
 
@@ -58,20 +69,23 @@ def staged(final: Path) -> Iterator[Path]:
     final = Path(os.path.abspath(final))
     refuse_place(final)
     stage = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
-    stage.mkdir()
+    with full_disk_in_words(final.parent):
+        stage.mkdir()
     try:
-        yield stage
-        _to_disk(stage)
+        with full_disk_in_words(final.parent):
+            yield stage
+            _to_disk(stage)
         if os.path.lexists(final):  # made by someone else meanwhile: a rename would replace an empty folder
             raise FormatError(f"{final}: appeared during the run; choose another --output")
         stage.rename(final)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FormatError(f"{final.parent}: {error.strerror}; free some or choose another --output") from None
-        raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # gone already when all went well
     _sync(final.parent)
+
+
+def companions(source: Path) -> list[str]:
+    """The names of the COMPANIONS that a folder has."""
+    return [str(path.relative_to(source)) for pattern in COMPANIONS for path in sorted(source.glob(pattern))]
 
 
 def copy_companions(
@@ -90,12 +104,10 @@ def copy_companions(
         config["quantization_config"] = dict(quantization_config)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     copied = ["config.json"]
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            name = path.relative_to(source)
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)  # the contents: a Hub cache holds links
-            copied.append(str(name))
+    for name in companions(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)  # the contents: a Hub cache holds links
+        copied.append(name)
     return copied
 
 

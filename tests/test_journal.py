@@ -1,20 +1,21 @@
 """A killed export goes on where it was: the oracle is the run that nothing disturbed, byte for byte."""
 
-import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.journal import journaled
-from vlmq.exporter.pipeline import Request, export
+from vlmq.exporter.journal import journaled, left_behind
+from vlmq.exporter.pipeline import Request, export, plan
 from vlmq.exporter.recipe import make_recipe
 from vlmq.formats.errors import FormatError
 
@@ -64,7 +65,7 @@ def run_and_count(request, count):
 
 def process(target, *args):
     context = multiprocessing.get_context("forkserver")  # a process that has imported everything, and run nothing
-    context.set_forkserver_preload(["vlmq.exporter.pipeline", "vlmq.exporter.verify", "test_journal"])
+    context.set_forkserver_preload(["vlmq.exporter.pipeline", "vlmq.exporter.evaluation.verify", "test_journal"])
     started = context.Process(target=target, args=args)
     started.start()
     started.join()
@@ -87,12 +88,12 @@ def test_a_run_killed_at_any_change_of_the_disk_is_resumed_to_the_same_bytes(tin
     for kill in range(KILLS):
         place = tmp_path / f"killed-{kill}"
         place.mkdir()
-        request = request_to(source, place / "out", pictures, activation_memory=dice.choice((0, 2**30)))
+        request = request_to(source, place / "out", pictures, activation_memory=dice.choice((0, 30_000, 2**30)))
         assert process(run_and_die, request, dice.randrange(count.value)) == -signal.SIGKILL
         state = place / ".out.journal" / "state.json"
         resumed += state.exists() and json.loads(state.read_text())["done"] > 0
         if not request.output.exists():  # else it was killed while it cleaned up
-            export(request)
+            export(replace(request, activation_memory=dice.choice((0, 30_000, 2**30))))
         assert contents(request.output) == expected
     assert resumed > KILLS / 2
 
@@ -116,9 +117,10 @@ SEARCHED = {
     "options": {"vision_tuning": False},
     "embedding": {"bits": 8},
 }
+TUNED = {**SEARCHED, "options": {"token_weights": "modality"}}
 
 
-@pytest.mark.parametrize("recipe", [SIDE_BY_SIDE, SEARCHED], ids=["reference alongside", "across layers"])
+@pytest.mark.parametrize("recipe", [SIDE_BY_SIDE, SEARCHED, TUNED], ids=["alongside", "across layers", "tuned"])
 @pytest.mark.parametrize("block", [1, 3, 4])
 def test_a_run_stopped_between_blocks_goes_on_with_all_it_knew(recipe, block, tiny_folders, pictures, tmp_path):
     whole = request_to(tiny_folders["llava-llama"], tmp_path / "whole", pictures, recipe=recipe)
@@ -184,13 +186,30 @@ def test_a_damaged_journal_is_one_line(stopped):
 
 
 def test_a_full_disk_keeps_what_is_finished(stopped, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*args, **kwargs):  # as the library says it
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("vlmq.exporter.journal.save_file", full)
+        patched.setattr("vlmq.exporter.activations.save_file", full)
         with pytest.raises(FormatError, match="No space left"):
             export(stopped)
     begun = []
     export(stopped, lambda *said: begun.append(said[1]))
     assert begun[0] == 2
+
+
+def test_what_an_earlier_run_left_is_not_counted_as_taken(stopped, monkeypatch):
+    """Of the disk, which the same command is going to need: it needs no more than it did at first."""
+    needed = plan(stopped).disk[0].bytes
+    monkeypatch.setattr("vlmq.exporter.planning.machine.free_disk", lambda place: needed - left_behind(stopped.output))
+    assert left_behind(stopped.output) > 0
+    export(stopped)
+
+
+def test_samples_that_ask_something_else_are_other_samples(stopped, pictures, tmp_path):
+    other = tmp_path / "pictures"
+    shutil.copytree(pictures, other)
+    for number, picture in enumerate(sorted(other.glob("*.png"))):
+        picture.with_suffix(".txt").write_text(f"What is number {number}?")
+    with pytest.raises(VlmqError, match="another calibration"):
+        export(replace(stopped, calibration=str(other)))

@@ -22,14 +22,23 @@ def needs(work: Workload) -> tuple[Need, ...]:
     quantizing = (
         tensors,
         Part("a shard", min(written, MAX_SHARD_BYTES), "is there twice while it is finished"),
-        Part("the journal", work.codes, "what is finished, a byte for each code, for a stopped run to go on from"),
-        Part("activations", work.activations_on_disk, "hidden states, for the same"),
+        *_kept(work),
     )
     found = [Need("quantizing", quantizing, REMEDY)]
     if work.formats != "safetensors":
         parts = (tensors, Part("ONNX graphs", graphs(work), "and the weights beside them"))
         found.append(Need("writing ONNX graphs", parts, f"choose --format safetensors, {REMEDY}"))
     return tuple(found)
+
+
+def _kept(work: Workload) -> tuple[Part, ...]:
+    """For a stopped run to go on from, where it looks at samples."""
+    if not work.samples:
+        return ()
+    return (
+        Part("the journal", work.codes, "what is finished, a byte for each code, for a stopped run to go on from"),
+        Part("activations", work.activations_on_disk, "hidden states, for the same"),
+    )
 
 
 def safetensors(work: Workload) -> int:

@@ -9,6 +9,7 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.memory import resident
 from vlmq.exporter.families import COMPONENTS
 from vlmq.exporter.inspection import inspection
+from vlmq.exporter.journal import left_behind
 from vlmq.exporter.planning import disk, machine, memory
 from vlmq.exporter.planning.workload import Need, Workload
 from vlmq.exporter.settings import FULL
@@ -91,7 +92,7 @@ def plan(work: Workload, output: Path) -> Plan:
         disk=disk.needs(work),
         activations=work.activations,
         available_memory=machine.available_memory(),
-        free_disk=machine.free_disk(output),
+        free_disk=machine.free_disk(output) + left_behind(output),
     )
 
 
