@@ -5,7 +5,7 @@ but played back from what their (quantized) blocks put out. So masks, positions 
 the text are the model's own code, and only one block's weights are in memory.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +107,7 @@ class Calibration:
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: Sequence[Inputs],
+        batches: Iterable[Inputs],
         alongside: bool = False,
         activations: Activations | None = None,
     ) -> None:
@@ -227,7 +227,14 @@ def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family) -> list[Inputs]:
     """The model's inputs for samples (prompt and first answer), in batches of equal length, so that none is padded."""
-    prepared: dict[tuple[int, bool], list[Inputs]] = {}
+    return list(prepared(samples, processor, family, Activations()))
+
+
+def prepared(
+    samples: Sequence[Sample], processor: ProcessorMixin, family: Family, activations: Activations
+) -> Iterator[Inputs]:
+    """`prepare`, a batch at a time; meanwhile the samples wait in `activations`."""
+    waiting: dict[tuple[int, bool], list[Any]] = {}
     for sample in samples:
         if sample.image is None and IMAGE_MARK not in family.question:
             raise VlmqError(f"{sample.id}: {family.name} reads no prompt without an image; leave text alone out")
@@ -236,12 +243,12 @@ def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family
         inputs = dict(processor(images=image, text=text, return_tensors="pt"))
         if image is not None:
             check_image_tokens(processor, text, inputs["input_ids"][0].numpy())
-        prepared.setdefault((inputs["input_ids"].shape[1], image is None), []).append(inputs)
-    return [
-        {key: torch.cat([inputs[key] for inputs in same[start : start + together(length)]]) for key in same[0]}
-        for (length, _), same in sorted(prepared.items())
-        for start in range(0, len(same), together(length))
-    ]
+        waiting.setdefault((inputs["input_ids"].shape[1], image is None), []).append(_kept(inputs, activations))
+    for (length, _), same in sorted(waiting.items()):
+        while same:
+            batch = [_read(inputs) for inputs in same[: together(length)]]
+            del same[: together(length)]
+            yield {key: torch.cat([inputs[key] for inputs in batch]) for key in batch[0]}
 
 
 def together(tokens: int) -> int:

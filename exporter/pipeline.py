@@ -18,7 +18,7 @@ import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter import ends
 from vlmq.exporter.activations import MEMORY, Activations
-from vlmq.exporter.calibration import Calibration, prepare
+from vlmq.exporter.calibration import Calibration, prepared
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
@@ -213,7 +213,7 @@ def _calibration(
 ) -> Calibration | None:
     if samples is None:
         return None
-    batches = prepare(samples.samples, open_processor(checkpoint.folder), checkpoint.family)
+    batches = prepared(samples.samples, open_processor(checkpoint.folder), checkpoint.family, activations)
     return Calibration(model, batches, needs_reference(assignment), activations)
 
 

@@ -13,10 +13,10 @@ from vlmq.exporter.planning.workload import FLOAT, Workload
 from vlmq.exporter.scheme import Options
 from vlmq.exporter.walk import Block, Input
 
-ROUNDING = 3  # float32 copies of a stack: itself, what it is of the scale, and that rounded
+ROUNDING = 2  # float32 copies of a stack: itself, and its codes with a few rows on their way to them
 LOSS = 3  # float32 copies of a weight: its error, that times the Gram matrix, and their product
 CLIPPING = 8  # of the rows clipped at once: as with LOSS, and what the allocator keeps of them; measured
-FACTORING = 36  # bytes for each entry of a Gram matrix: it, and four float64 matrices; measured
+FACTORING = 13  # bytes for each entry of a Gram matrix: the factor in float64, the moves in float32; measured
 COLUMNS = 4.25  # copies of a stack in gptq's column loop: it, without dead channels, turned, its errors; codes
 
 
@@ -54,7 +54,7 @@ def to_rescale(entry: Input, work: Workload) -> int:
         return 0
     columns = entry.sites[0].columns
     rows = [site.rows for site, _ in work.quantized(entry)]
-    searching = (sum(rows) + LOSS * max(rows)) * columns * FLOAT
+    searching = (sum(rows) + LOSS * min(max(rows), awq.SLAB)) * columns * FLOAT
     return max(searching, 2 * columns * columns * FLOAT)  # the divisors of the Gram matrix, and the quotient
 
 
