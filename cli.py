@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmq.exporter.recipe import Recipe
     from vlmq.exporter.search.importance import Importance
 
+HELPS = os.environ.get("RANK", "0") != "0"  # under torchrun: the first worker says what there is to say
 DEFAULT_MODEL = "blip2-mini"
 
 app = typer.Typer(
@@ -208,6 +209,8 @@ def export(
     )
     with _kept_to_go_on(name), _bars(as_json) as progress:
         done = run_export(request, progress)
+    if done is None:
+        return
     if as_json:
         verdict = done.verdict and _verdict_json(done.verdict)
         _print_json({"folder": str(done.folder), "note": done.note, "verdict": verdict})
@@ -468,6 +471,8 @@ def _kept_to_go_on(output: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        if HELPS:
+            raise
         if folder_of(output).is_dir():
             typer.echo("vlmq: what is finished is kept; the same command goes on from there", err=True)
         elif output.is_dir():
@@ -605,6 +610,9 @@ def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
     watches; an event in a line of JSON on stderr for programs."""
     import psutil
 
+    if HELPS:
+        yield lambda what, done, of: None
+        return
     memory = psutil.Process().memory_info
     if as_json:
         yield lambda what, done, of: typer.echo(
@@ -648,7 +656,8 @@ _stopped_by: list[int] = []  # the signal: a library may take the exception for 
 
 def _stop(number: int, frame: object) -> None:
     """Ctrl-C and SIGTERM end like any exception, so that what is half written is removed; not with exit code 1."""
-    typer.echo("vlmq: stopped", err=True)
+    if not HELPS:
+        typer.echo("vlmq: stopped", err=True)
     _stopped_by.append(number)
     raise SystemExit(128 + number)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from vlmq.exporter import workers
 from vlmq.exporter.activations import Activations, Kept
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
@@ -124,23 +125,24 @@ class Calibration:
 
     @torch.no_grad()
     def calls(self, stage: tuple[Block, ...]) -> dict[int, Call]:
-        """The arguments with which the model calls the first block of a stage, by batch.
-
-        Batches of text alone reach the language model and nothing before it.
-        """
+        """The arguments with which the model calls the first block of a stage, by batch; only of this worker's."""
         first = self.model.get_submodule(stage[0].name)
-        reaching = [
-            index
-            for index, batch in enumerate(self._batches)
-            if "pixel_values" in batch or stage[0].component == "language"
-        ]
-        calls = {index: self._catch(first, index, self.played) for index in reaching}
+        mine = [index for index in self.reaching(stage) if workers.is_mine(index)]
+        calls = {index: self._catch(first, index, self.played) for index in mine}
         for index, call in calls.items():
             if self.alongside:
                 call.reference = self._catch(first, index, self.reference_played)
             if stage[0].component == "language":
                 call.vision = vision_tokens({"input_ids": _read(self._batches[index]["input_ids"])}, self.model.config)
         return calls
+
+    def reaching(self, stage: tuple[Block, ...]) -> list[int]:
+        """The batches, of all workers, that a stage sees: those of text alone see the language model only."""
+        return [
+            index
+            for index, batch in enumerate(self._batches)
+            if "pixel_values" in batch or stage[0].component == "language"
+        ]
 
     def finish(self, stage: tuple[Block, ...], calls: dict[int, Call]) -> None:
         """Remember what a stage put out."""
@@ -149,10 +151,13 @@ class Calibration:
         self.reference_played.append((stage, references))
 
     def state(self, calls: Mapping[int, Call]) -> dict[str, Any]:
-        """What lies behind the blocks that have run, made durable: the names of files. calls: of the running stage."""
+        """What lies behind the blocks that have run, made durable: the names of files, by batch, of all workers.
+
+        calls: of the running stage.
+        """
 
         def saved(places: Mapping[int, Kept]) -> dict[str, str]:
-            return dict(zip(map(str, places), self.activations.save(places.values()), strict=True))
+            return workers.united(dict(zip(map(str, places), self.activations.save(places.values()), strict=True)))
 
         return {
             "hidden": saved({index: call.place for index, call in calls.items()}),
@@ -177,7 +182,8 @@ class Calibration:
             reference.place = place
 
     def _restored(self, names: Mapping[str, str]) -> dict[int, Kept]:
-        return {int(index): self.activations.restore(name) for index, name in names.items()}
+        mine = {int(index): name for index, name in names.items() if workers.is_mine(int(index))}
+        return {index: self.activations.restore(name) for index, name in mine.items()}
 
     def _catch(self, block: nn.Module, index: int, played: Played) -> Call:
         caught: list[Call] = []
@@ -283,7 +289,7 @@ def gather(
 ) -> tuple[list[Statistics], list[Tensor]]:
     """Run a full-precision block on every batch: the statistics of each of its distinct inputs, and its outputs.
 
-    Outputs are those of the first batch, or of all.
+    Statistics are those of all workers' batches; outputs are those of this worker's first batch, or of all of its.
     Where the full-precision model runs alongside, its calls move on to the next block.
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
@@ -291,6 +297,7 @@ def gather(
         Statistics.empty(entry.sites[0].columns, cross=want.cross)
         for entry, want in zip(block.inputs, wanted, strict=True)
     ]
+    keep = int(-(-ROWS // workers.number(len(calls))))
     module = model.get_submodule(block.name)
     read: dict[int, Tensor] = {}
     hooks = [
@@ -316,12 +323,11 @@ def gather(
                 weights = None
                 if want.vision_weight != 1 and call.vision is not None:
                     weights = torch.where(call.vision, want.vision_weight, 1.0)
-                keep = -(-ROWS // len(calls)) if want.rows else 0
-                statistics[index].add(inputs[index], weights, references.get(index), keep)
+                statistics[index].add(inputs[index], weights, references.get(index), keep if want.rows else 0)
     finally:
         for hook in hooks:
             hook.remove()
-    return statistics, outputs
+    return [found.of_all_workers() for found in statistics], outputs
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

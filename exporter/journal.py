@@ -7,6 +7,8 @@ does not exist.
     journal.json            what the run depends on; another run's journal is refused
     state.json              how many blocks are finished, and where the hidden states lie
     blocks/00012.safetensors, activations/00000345.safetensors
+
+With several workers each has a folder of activations (activations-1, ...), and the first writes the rest.
 """
 
 import glob
@@ -22,6 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlmq.exporter import workers
 from vlmq.exporter.activations import Activations, save, sync
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.solving import QuantizedBlock, Schemes, Solved
@@ -39,7 +42,8 @@ class Journal:
         """folder: of a journal that is this run's. limit: bytes of activations that stay in memory."""
         self.folder = folder
         (folder / "blocks").mkdir(exist_ok=True)
-        self.activations = Activations(folder / "activations", limit)
+        name = f"activations-{workers.rank()}" if workers.rank() else "activations"
+        self.activations = Activations(folder / name, limit)
         found = _read(folder / "state.json") or {"done": 0, "state": None}
         self.done: int = found["done"]
         self.state: State | None = found["state"]
@@ -51,12 +55,15 @@ class Journal:
 
     def step(self, finished: Sequence[QuantizedBlock], state: State | None) -> None:
         """Blocks that follow those that are done, and the names of the files that `activations` saved behind them."""
-        for index, block in enumerate(finished, start=self.done):
-            _write_block(block, self._file(index))
-        sync(self.folder / "blocks")
-        if state is not None:
-            sync(self.folder / "activations")
-        _write(self.folder / "state.json", {"done": self.done + len(finished), "state": state})
+        if state is not None and self.activations.folder:
+            sync(self.activations.folder)
+        workers.wait()
+        if not workers.rank():
+            for index, block in enumerate(finished, start=self.done):
+                _write_block(block, self._file(index))
+            sync(self.folder / "blocks")
+            _write(self.folder / "state.json", {"done": self.done + len(finished), "state": state})
+        workers.wait()  # before anything that the last state names is removed
         self.done += len(finished)
         self.state = state
         self.activations.sweep()
@@ -77,10 +84,13 @@ def journaled(output: Path, identity: Mapping[str, Any], limit: int, fresh: bool
 
     identity: all that the result depends on, as JSON. fresh: forget what an earlier run left. It is removed when the
     block ends well, and where it ends before anything was finished. VlmqError where it is another run's, or where one
-    is under way.
+    is under way. All but the first worker come when the first has it.
     """
     output = Path(os.path.abspath(output))
     folder = folder_of(output)
+    if workers.rank():
+        yield Journal(folder, limit)
+        return
     lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)

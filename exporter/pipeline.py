@@ -3,7 +3,9 @@
 checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
+from collections import deque
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 
 import vlmq
 from vlmq.exporter import data as datas
-from vlmq.exporter import ends
+from vlmq.exporter import ends, workers
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +32,7 @@ from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.planning import plan as planning
 from vlmq.exporter.planning.workload import Workload
 from vlmq.exporter.progress import Progress
-from vlmq.exporter.quantize import needs_reference, quantize
+from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
@@ -84,14 +86,23 @@ class Exported:
     note: str | None
 
 
-def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported:
-    """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone."""
+def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported | None:
+    """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone.
+
+    None on a worker that torchrun started beside the first: that one alone writes and verifies.
+    """
+    with workers.together():
+        return _export(request, progress)
+
+
+def _export(request: Request, progress: Progress) -> Exported | None:
     refuse_place(request.output)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
     refuse_for_format(assignment, request.formats)
+    refuse_for_workers(assignment)
     planning.refuse(_planned(request, checkpoint, model, plan, assignment))
     data = datas.choose(
         checkpoint,
@@ -106,12 +117,17 @@ def export(request: Request, progress: Progress = lambda what, done, of: None) -
     identity = _identity(request, checkpoint, source, data)
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
-        staged(request.output) as folder,
+        ExitStack() as staging,
     ):
+        workers.admit()
         calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
         # A run that looks at no samples is over as soon as its weights are read: its journal would cost more than it.
         kept = journal if calibration else None
         blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept)
+        if workers.rank():
+            deque(blocks, maxlen=0)  # its part in them is done as they are made
+            return None
+        folder = staging.enter_context(staged(request.output))
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
                 written = _write_safetensors(checkpoint, blocks, assignment, Path(beside), request.max_shard_bytes)
@@ -201,6 +217,7 @@ def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source,
         and [
             [sample.kind, sample.text, *sample.answers[:1], data.digests.get(sample.id)] for sample in samples.samples
         ],
+        "number of workers": workers.count(),
     }
 
 

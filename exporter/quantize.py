@@ -5,14 +5,14 @@ recipe says so, to get the next block's inputs. Where ranges are searched across
 until theirs are found.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from vlmq.exporter import crosslayer, ends, modality, vision_tuning
+from vlmq.exporter import crosslayer, ends, modality, vision_tuning, workers
 from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release
 from vlmq.exporter.errors import VlmqError
@@ -61,7 +61,7 @@ def quantize(
         if calibration:
             with _outside(given, walk):
                 calls = calibration.calls(stage)
-            _check_seen(stage, given, calls)
+            _check_seen(stage, given, calibration)
         with ends.unread(model, stage):
             if calibration and _is_tuned(stage, given):
                 given = _tuned(stage, given, calibration, list(calls.values()))
@@ -88,6 +88,17 @@ def quantize(
 def needs_reference(assignment: Assignment) -> bool:
     """Whether the full-precision model must run alongside: some method aims at what it puts out."""
     return any(is_asymmetric(scheme) or METHODS[scheme.method].percentiles for scheme in assignment.schemes.values())
+
+
+def refuse_for_workers(assignment: Assignment) -> None:
+    """VlmqError for a method that looks at some of the samples by themselves, where these lie on several workers."""
+    searching = [name for name, scheme in assignment.schemes.items() if METHODS[scheme.method].percentiles]
+    if searching and workers.count() > 1:
+        method = assignment.schemes[searching[0]].method
+        raise VlmqError(
+            f"{searching[0]}: {method} searches ranges on samples of its own choice, which {workers.count()} workers "
+            "have only parts of; start one, without torchrun, or choose another method"
+        )
 
 
 def _prepared(given: Given, calibration: Calibration) -> Given:
@@ -196,8 +207,8 @@ def _outside(given: Given, walk: Walk) -> Iterator[None]:
         release(module, recurse=False)
 
 
-def _check_seen(stage: tuple[Block, ...], given: Given, calls: Mapping[int, Call]) -> None:
+def _check_seen(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> None:
     schemes = [given.schemes[site.name] for block in stage for site in block.sites if site.name in given.schemes]
-    if not calls and any(is_calibrated(scheme) for scheme in schemes):
+    if not calibration.reaching(stage) and any(is_calibrated(scheme) for scheme in schemes):
         what = stage[0].component
         raise VlmqError(f"calibration: no sample has an image, and the {what} sees nothing else; pass --{what}-bits 16")

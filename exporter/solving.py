@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from vlmq.exporter import folds
+from vlmq.exporter import folds, workers
 from vlmq.exporter.calibration import Call, Wanted, gather
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.learned_rounding import Tuned
@@ -72,7 +72,7 @@ class Given:
 
 
 def solve_block(block: Block, given: Given, calls: Collection[Call]) -> QuantizedBlock:
-    """Quantize a block whose weights are filled; with no calls, without statistics."""
+    """Quantize a block whose weights are filled; where no worker has calls, without statistics."""
     model, schemes = given.model, given.schemes
     module = model.get_submodule(block.name)
     before = {
@@ -82,7 +82,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
     }
     statistics: list[Statistics | None] = [None] * len(block.inputs)
     outputs: list[Tensor] = []
-    if calls:
+    if workers.number(len(calls)):
         wanted = [_wanted(entry, block, given) for entry in block.inputs]
         sought = [schemes[site.name].options.awq_loss for site in block.sites if site.name in schemes]
         statistics[:], outputs = gather(block, model, calls, wanted, all_outputs="block" in sought)
@@ -94,7 +94,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
             folds.fold(entry, scale, model)
             statistics[index] = seen.divided_by(scale)
         folded |= {site.name: scale for site in entry.sites}
-    if any(scale is not None for scale in folded.values()):
+    if calls and any(scale is not None for scale in folded.values()):
         folds.check(block.name, outputs[0], next(iter(calls)).run(module))
 
     solved: dict[str, Solved] = {}
@@ -167,8 +167,9 @@ def choose_scale(entry: Input, given: Given, seen: Statistics, trial: Trial) -> 
 
 
 def _block_error(module: nn.Module, calls: Iterable[Call], outputs: Iterable[Tensor]) -> float:
-    """How far a block's outputs are from what they were, as a sum of squares."""
-    return sum((call.run(module) - output).square().sum().item() for call, output in zip(calls, outputs, strict=True))
+    """How far a block's outputs are from what they were, as a sum of squares over all workers' calls."""
+    errors = [(call.run(module) - output).square().sum().item() for call, output in zip(calls, outputs, strict=True)]
+    return workers.number(sum(errors))
 
 
 @contextmanager

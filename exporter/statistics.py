@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlmq.exporter import workers
+
 BLOCK = 512  # columns of a Gram matrix at once: it is symmetric, so what lies below them need not be multiplied
 
 
@@ -65,6 +67,19 @@ class Statistics:
             chosen = evenly(len(rows), keep).to(rows.device)
             self.rows = torch.cat([self.rows, rows[chosen]])
             self.row_weights = torch.cat([self.row_weights, weight[chosen]])
+
+    def of_all_workers(self) -> "Statistics":
+        """The statistics of what all workers took in; the tensors of this one are changed."""
+        return Statistics(
+            gram=workers.total(self.gram),
+            absolute=workers.total(self.absolute),
+            low=workers.least(self.low),
+            high=workers.most(self.high),
+            rows=workers.joined(self.rows),
+            row_weights=workers.joined(self.row_weights),
+            cross=None if self.cross is None else workers.total(self.cross),
+            tokens=int(workers.number(self.tokens)),
+        )
 
     @property
     def mean_absolute(self) -> Tensor:

@@ -77,23 +77,30 @@ def contents(folder: Path):
 
 
 def test_a_run_killed_at_any_change_of_the_disk_is_resumed_to_the_same_bytes(tiny_folders, pictures, tmp_path):
-    source = tiny_folders["llava-llama"]
-    (tmp_path / "whole").mkdir()
-    count = multiprocessing.get_context("forkserver").Value("i", 0)
-    whole = request_to(source, tmp_path / "whole" / "out", pictures, activation_memory=0)
-    assert process(run_and_count, whole, count) == 0
-    expected = contents(whole.output)
+    source, limits = tiny_folders["llava-llama"], (0, 30_000, 2**30)
+    counts, wholes = {}, []
+    for limit in limits:
+        place = tmp_path / f"whole-{limit}"
+        place.mkdir()
+        count = multiprocessing.get_context("forkserver").Value("i", 0)
+        whole = request_to(source, place / "out", pictures, activation_memory=limit)
+        assert process(run_and_count, whole, count) == 0
+        counts[limit] = count.value
+        wholes.append(contents(whole.output))
+    expected = wholes[0]
+    assert all(whole == expected for whole in wholes)
     dice = random.Random(0)
     resumed = 0
     for kill in range(KILLS):
         place = tmp_path / f"killed-{kill}"
         place.mkdir()
-        request = request_to(source, place / "out", pictures, activation_memory=dice.choice((0, 30_000, 2**30)))
-        assert process(run_and_die, request, dice.randrange(count.value)) == -signal.SIGKILL
+        limit = dice.choice(limits)
+        request = request_to(source, place / "out", pictures, activation_memory=limit)
+        assert process(run_and_die, request, dice.randrange(counts[limit])) == -signal.SIGKILL
         state = place / ".out.journal" / "state.json"
         resumed += state.exists() and json.loads(state.read_text())["done"] > 0
         if not request.output.exists():  # else it was killed while it cleaned up
-            export(replace(request, activation_memory=dice.choice((0, 30_000, 2**30))))
+            export(replace(request, activation_memory=dice.choice(limits)))
         assert contents(request.output) == expected
     assert resumed > KILLS / 2
 
