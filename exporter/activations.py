@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmq.exporter.errors import VlmqError
+from vlmq.formats.folder import sync
 
 MEMORY = 2**30  # bytes of them that stay in memory unless another limit is given
 
@@ -106,12 +107,3 @@ def save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | N
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

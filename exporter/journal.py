@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmq.exporter import workers
-from vlmq.exporter.activations import Activations, save, sync
+from vlmq.exporter.activations import Activations, save
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.solving import QuantizedBlock, Schemes, Solved
 from vlmq.exporter.walk import Block
-from vlmq.formats.folder import full_disk_in_words
+from vlmq.formats.folder import full_disk_in_words, sync
 from vlmq.kernels.grid import Limits, QuantizedWeight
 
 State = dict[str, Any]  # of the hidden states, as `Calibration.state` says it

@@ -80,7 +80,7 @@ def staged(final: Path) -> Iterator[Path]:
         stage.rename(final)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # gone already when all went well
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def companions(source: Path) -> list[str]:
@@ -136,10 +136,11 @@ def _read_config(path: Path) -> dict:
 def _to_disk(folder: Path) -> None:
     """fsync every file and folder: after a power cut a renamed folder must not hold empty files."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

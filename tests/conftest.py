@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests import `tiny` an
 
 import tiny
 
+from vlmq import cli
 from vlmq.exporter.samples import Sample
 
 
@@ -49,3 +50,20 @@ def random_samples(tmp_path_factory):
 def pictures(random_samples):
     """Their folder, as a user might name it."""
     return random_samples[0].image.parent
+
+
+@pytest.fixture
+def vlmq(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

@@ -10,27 +10,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from vlmq import cli
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
-
-
-@pytest.fixture
-def vlmq(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.parametrize(

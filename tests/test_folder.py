@@ -140,7 +140,7 @@ def test_a_run_that_fails_while_reaching_the_disk_leaves_nothing(tmp_path, monke
     def fail(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folders, "_sync", fail)
+    monkeypatch.setattr(folders, "sync", fail)
     with pytest.raises(FormatError, match="No space left on device; free some"), staged(tmp_path / "out") as stage:
         (stage / "model.safetensors").write_text("whole")
     assert os.listdir(tmp_path) == []

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmq import cli
 from vlmq.exporter.search import importance
 from vlmq.exporter.search.forest import grow, permutation, shapley, shares
 from vlmq.exporter.search.scores import read_scores
@@ -51,23 +50,6 @@ def few_forests(monkeypatch):
     monkeypatch.setattr(importance, "TREES", 20)
     monkeypatch.setattr(importance, "SEEDS", 3)
     monkeypatch.setattr(importance, "RESAMPLES", 8)
-
-
-@pytest.fixture
-def vlmq(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="the scores that paper 002 published are not beside this checkout")
