@@ -7,7 +7,6 @@ import pytest
 import torch
 from packed import inputs, packed_folder, reference
 from safetensors.torch import load_file, save_file
-from test_cli import vlmq  # noqa: F401
 from test_names import HUB
 from tiny import VARIANTS
 from transformers import AutoModelForImageTextToText
@@ -286,7 +285,7 @@ def test_a_weight_that_is_not_what_the_manifest_says_is_refused(tmp_path):
     assert not (tmp_path / "there").exists()
 
 
-def test_the_command_names_its_output_says_what_it_did_and_ends_with_2_on_a_mistake(vlmq, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_names_its_output_says_what_it_did_and_ends_with_2_on_a_mistake(vlmq, tmp_path, monkeypatch):
     packed_folder("llava-llama", tmp_path / "here", language(Grid(4, 32)))
     monkeypatch.chdir(tmp_path)
     code, out, _ = vlmq("convert", "here", "--to", "awq")
