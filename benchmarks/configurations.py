@@ -119,7 +119,7 @@ def rows() -> list[Row]:
     """Every row, the most telling first; of those a seed after the other, so that an early end leaves whole tables."""
     ordered = (
         Row(checkpoint, variant, seed, configuration)
-        for stage in (_claimed, _components, _rest)
+        for stage in (_claimed, _components, _rounded, _searched)
         for seed in SEEDS
         for checkpoint in CHECKPOINTS
         for variant in VARIANTS
@@ -153,10 +153,19 @@ def _components(variant: str) -> Iterator[Configuration]:
         yield from _weight_only(components)
 
 
-def _rest(variant: str) -> Iterator[Configuration]:
+def _rounded(variant: str) -> Iterator[Configuration]:
     """What is left of methods x bits x components: inputs rounded too."""
+    yield from _with_inputs("smoothquant", "awq+smoothquant", "rotate+gptq")
+
+
+def _searched(variant: str) -> Iterator[Configuration]:
+    """The same of the method that takes longest."""
+    yield from _with_inputs("qvlm")
+
+
+def _with_inputs(*methods: str) -> Iterator[Configuration]:
     for components in COMPONENTS:
-        for method in ("smoothquant", "awq+smoothquant", "qvlm", "rotate+gptq"):
+        for method in methods:
             yield from (
                 Configuration(method, weights, inputs, "g64", components)
                 for weights, inputs in ((8, 8), (4, 4), (3, 8), (2, 8))
