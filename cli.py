@@ -56,6 +56,9 @@ NumberOfSamples = Annotated[int, typer.Option(help="How many samples to calibrat
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
 ]
+ActivationMemory = Annotated[
+    str, typer.Option(help="Hidden states that wait in memory; more wait on the disk.", metavar="SIZE")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -172,9 +175,7 @@ def export(
     max_drop: MaxDrop = None,
     revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
-    activation_memory: Annotated[
-        str, typer.Option(help="Hidden states that wait in memory; more wait on the disk.", metavar="SIZE")
-    ] = "1GiB",
+    activation_memory: ActivationMemory = "1GiB",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -355,6 +356,7 @@ def plan(
     format: Format = "both",
     samples: NumberOfSamples = 128,
     verify: Verify = True,
+    activation_memory: ActivationMemory = "1GiB",
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -363,8 +365,10 @@ def plan(
     from vlmq.exporter.pipeline import plan as planned
     from vlmq.exporter.planning.plan import as_dict, refuse
 
-    request = Request(model, output, recipe, revision, formats=format, samples=samples, verify=verify)
-    found = planned(request)
+    waiting = _bytes(activation_memory, "--activation-memory")
+    found = planned(
+        Request(model, output, recipe, revision, format, samples=samples, verify=verify, activation_memory=waiting)
+    )
     if as_json:
         _print_json(as_dict(found))
     else:

@@ -4,7 +4,8 @@
 
 The checkpoint has random weights of the shape named (`random_checkpoint.py`), the samples are random pictures with a
 request for a caption, and each export is `vlmq export` at 4 bits in groups of 128 in a process of its own, whose peak
-resident memory and processor seconds the operating system tells. A result says what part of the shape it is of. Run
+resident memory and processor seconds the operating system tells; `sampled.py` says where the time went, and `vlmq plan`
+what memory it would take. A result says what part of the shape it is of. Run
 again, the command keeps what results/scale.json has of other shapes, parts, methods and numbers of samples.
 """
 
@@ -24,6 +25,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 SHAPES = ("blip2-opt-2.7b", "llava-1.5-7b")
 METHODS = ("rtn", "awq", "gptq")
+ACTIVATION_MEMORY = "256MiB"
 SIDE = 400  # pixels of a picture, more than any of the shapes reads
 WHICH = ("shape", "scale", "blocks", "method", "samples")  # of two rows that agree in these the later one counts
 
@@ -84,13 +86,19 @@ def export(source: Path, method: str, data: Path, samples: int, folder: Path) ->
     """One export: what it cost, and what it wrote."""
     output = folder / f"{source.name}-{method}"
     rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "vlmq", "export", str(source), "-o", str(output), "--method", method]
-    command += ["--bits", "4", "--group-size", "128", "--format", "safetensors", "--no-verify"]
-    command += ["--calibration", str(data), "--samples", str(samples)]
-    cost = measured(command, folder / f"{output.name}.log")
+    wanted = [str(source), "--method", method, "--bits", "4", "--group-size", "128", "--samples", str(samples)]
+    wanted += ["--format", "safetensors", "--no-verify", "--activation-memory", ACTIVATION_MEMORY]
+    plan = [sys.executable, "-m", "vlmq", "plan", *wanted, "--json"]
+    planned = json.loads(subprocess.run(plan, capture_output=True, check=True, text=True).stdout)["peak_memory"]
+    profile = folder / f"{output.name}.json"
+    command = [sys.executable, str(HERE / "sampled.py"), str(profile), "export", *wanted]
+    cost = measured([*command, "-o", str(output), "--calibration", str(data), "--fresh"], folder / f"{output.name}.log")
     count = layers(source)
     found = {
         **cost,
+        "planned_bytes": planned,
+        "planned_over_peak": round(planned / cost["peak_bytes"], 3),
+        **json.loads(profile.read_text()),
         "layers": count,
         "seconds_per_layer": round(cost["seconds"] / sum(count.values()), 2),
         "source_bytes": sum(file.stat().st_size for file in source.glob("*.safetensors")),

@@ -31,6 +31,7 @@ from vlmq.exporter.methods import awq, gptq, rtn
 from vlmq.exporter.methods.problem import Problem
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics, output_loss
+from vlmq.exporter.sums import Sums
 from vlmq.kernels.grid import Grid, to_grid
 
 PROBLEMS = {  # rows of the stacked linears, columns
@@ -52,7 +53,7 @@ SIDE = 2048  # of the matrices whose product tells the machine's rate
 Work = Callable[[Tensor, Statistics], object]
 STEPS: dict[str, tuple[Work, Callable[[int, int], tuple[float, float]]]] = {  # operations in float32, in float64
     "gram": (
-        lambda weight, seen: Statistics.empty(weight.shape[1]).add(tokens(weight.shape[1])),
+        lambda weight, seen: summed(weight.shape[1]),
         lambda rows, columns: (TOKENS * columns**2, 0),
     ),
     "rtn": (
@@ -91,12 +92,17 @@ def tokens(columns: int) -> Tensor:
     return drawn * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(2))]
 
 
+def summed(columns: int) -> Statistics:
+    sums = Sums(columns)
+    sums.add(tokens(columns))
+    return sums.statistics()
+
+
 def measure(step: str, rows: int, columns: int, rates: dict[str, float]) -> dict[str, float]:
     """One step on one problem: seconds, the peak of memory beyond the problem's, and the bound's share."""
     work, operations = STEPS[step]
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * columns**-0.5
-    seen = Statistics.empty(columns)
-    seen.add(tokens(columns))
+    seen = summed(columns)
     memory.forget_peak()
     before, start, cpu = memory.resident(), time.perf_counter(), time.process_time()
     work(weight, seen)

@@ -22,6 +22,7 @@ from vlmq.exporter.images import open_image
 from vlmq.exporter.runtime import check_image_tokens
 from vlmq.exporter.samples import IMAGE_MARK, Sample, prompt_of
 from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.exporter.walk import Block
 
 BATCH, TOKENS = 16, 4096  # samples of equal length, and tokens of theirs, that run together at most
@@ -293,10 +294,7 @@ def gather(
     Where the full-precision model runs alongside, its calls move on to the next block.
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
-    statistics = [
-        Statistics.empty(entry.sites[0].columns, cross=want.cross)
-        for entry, want in zip(block.inputs, wanted, strict=True)
-    ]
+    sums = [Sums(entry.sites[0].columns, cross=want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
     keep = int(-(-ROWS // workers.number(len(calls))))
     module = model.get_submodule(block.name)
     read: dict[int, Tensor] = {}
@@ -323,11 +321,11 @@ def gather(
                 weights = None
                 if want.vision_weight != 1 and call.vision is not None:
                     weights = torch.where(call.vision, want.vision_weight, 1.0)
-                statistics[index].add(inputs[index], weights, references.get(index), keep if want.rows else 0)
+                sums[index].add(inputs[index], weights, references.get(index), keep if want.rows else 0)
     finally:
         for hook in hooks:
             hook.remove()
-    return [found.of_all_workers() for found in statistics], outputs
+    return [found.statistics() for found in sums], outputs
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

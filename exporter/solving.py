@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from vlmq.exporter.methods.problem import Problem, Trial
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.methods.rounded import limits_of
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.statistics import Statistics, output_loss
+from vlmq.exporter.statistics import Statistics, evenly, output_loss
 from vlmq.exporter.walk import Block, Input
 from vlmq.kernels.grid import TENSOR, Grid, Limits, QuantizedWeight, round_trip, to_grid
 
 Schemes = Mapping[str, Scheme]  # of the sites that are quantized, by name
+Stored = TypeVar("Stored", QuantizedWeight, Tensor)
+LOSS_ROWS = 256  # of a weight, whose error is measured: all of it would cost as much as solving it
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Solved:
 
     fold: the scale (in,) that was folded before its input; None: nothing was.
     limits: of its input, where they are not the input's own.
-    loss: tr(D H D^T) / tr(W H W^T), the relative squared error of its outputs on the calibration samples.
+    loss: tr(D H D^T) / tr(W H W^T), the relative squared error of its outputs on the calibration samples; of LOSS_ROWS
+    of its rows, evenly drawn.
     """
 
     weight: QuantizedWeight | Tensor
@@ -99,7 +103,8 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
 
     solved: dict[str, Solved] = {}
     rows: dict[str, Tensor] = {}
-    for entry, seen in zip(block.inputs, statistics, strict=True):
+    for entry in block.inputs:
+        seen = statistics.pop(0)  # its memory is free for the next
         names = [site.name for site in entry.sites if site.name in schemes]
         weights = _solve(names, given, seen)
         for name, weight in weights.items():
@@ -195,7 +200,8 @@ def _solve(names: list[str], given: Given, seen: Statistics | None) -> dict[str,
     for _, together in groupby(pieces, key=lambda piece: _stacking(given, *piece)):
         members = list(together)
         weights = [given.model.get_parameter(f"{name}.weight")[rows] for name, rows in members]
-        found = _solve_rows(*members[0], torch.cat(weights), given, seen)
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        found = _solve_rows(*members[0], stacked, given, seen)
         start = 0
         for (name, _), weight in zip(members, weights, strict=True):
             parts[name].append(_take(found, slice(start, start + len(weight))))
@@ -235,7 +241,10 @@ def _whole(name: str, parts: list[QuantizedWeight], given: Given) -> QuantizedWe
     return dense.to(_dtype(given, name))
 
 
-def _take(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
+def _take(weight: Stored, rows: slice | Tensor) -> Stored:
+    """Some rows of a weight, whether codes or dense."""
+    if isinstance(weight, Tensor):
+        return weight[rows]
     return QuantizedWeight(weight.codes[rows], weight.scale[rows], weight.zero[rows], weight.grid)
 
 
@@ -258,8 +267,10 @@ def _solved(
         limits = limits_of(seen, scheme.inputs)
     loss = None
     if seen is not None:
-        full = given.model.get_parameter(f"{name}.weight")
-        error = dense(weight) - full
+        weights = given.model.get_parameter(f"{name}.weight")
+        drawn = evenly(len(weights), LOSS_ROWS)
+        full = weights[drawn]
+        error = dense(_take(weight, drawn)) - full
         loss = (output_loss(error, seen.gram) / output_loss(full, seen.gram).clamp(min=1e-30)).item()
     return Solved(weight, scheme, fold, loss, limits)
 

@@ -1,6 +1,6 @@
 """What calibration keeps of an input: sums over tokens, whose size does not grow with their number.
 
-One `Statistics` per distinct input of a block. Sums add up, so samples can be split over workers and merged.
+One `Statistics` per distinct input of a block; `sums.py` makes them.
 """
 
 from dataclasses import dataclass, replace
@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vlmq.exporter import workers
-
 BLOCK = 512  # columns of a Gram matrix at once: it is symmetric, so what lies below them need not be multiplied
 
 
-@dataclass
+@dataclass(frozen=True)
 class Statistics:
     """Of the rows x of an input, each with a weight w (1 unless tokens are weighted):
 
@@ -30,56 +28,6 @@ class Statistics:
     row_weights: Tensor
     cross: Tensor | None = None
     tokens: int = 0
-
-    @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu", cross: bool = False) -> "Statistics":
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, device=device)
-
-        return cls(
-            gram=zeros(columns, columns),
-            absolute=zeros(columns),
-            low=torch.full((columns,), torch.inf, device=device),
-            high=torch.full((columns,), -torch.inf, device=device),
-            rows=zeros(0, columns),
-            row_weights=zeros(0),
-            cross=zeros(columns, columns) if cross else None,
-        )
-
-    def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None, keep: int = 0) -> None:
-        """Take in an input (..., in), with a weight for every token (...,), and what the reference reads (..., in).
-
-        keep: how many of its rows are kept.
-        """
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        weight = torch.ones(len(rows), device=rows.device) if weights is None else weights.reshape(-1).float()
-        weighted = rows if weights is None else rows * weight.unsqueeze(1)
-        for block in _blocks(rows.shape[1]):
-            self.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, rows[:, block])
-            self.gram[block, : block.start] = self.gram[: block.start, block].T
-        self.absolute += rows.abs().sum(0)
-        self.low = torch.minimum(self.low, rows.amin(0))
-        self.high = torch.maximum(self.high, rows.amax(0))
-        self.tokens += len(rows)
-        if self.cross is not None and reference is not None:
-            self.cross.addmm_((reference.detach().reshape_as(rows).float() - rows).T, weighted)
-        if keep:
-            chosen = evenly(len(rows), keep).to(rows.device)
-            self.rows = torch.cat([self.rows, rows[chosen]])
-            self.row_weights = torch.cat([self.row_weights, weight[chosen]])
-
-    def of_all_workers(self) -> "Statistics":
-        """The statistics of what all workers took in; the tensors of this one are changed."""
-        return Statistics(
-            gram=workers.total(self.gram),
-            absolute=workers.total(self.absolute),
-            low=workers.least(self.low),
-            high=workers.most(self.high),
-            rows=workers.joined(self.rows),
-            row_weights=workers.joined(self.row_weights),
-            cross=None if self.cross is None else workers.total(self.cross),
-            tokens=int(workers.number(self.tokens)),
-        )
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -120,7 +68,7 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
     gram is symmetric: what its blocks above the diagonal add counts twice, and those below are not multiplied.
     """
     total = error.new_zeros(error.shape[:-1])
-    for block in _blocks(error.shape[-1]):
+    for block in blocks(error.shape[-1]):
         product = error[..., block] @ gram[..., block, block]
         if block.start:
             above = error[..., : block.start] @ gram[..., : block.start, block]
@@ -129,13 +77,14 @@ def row_losses(error: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
-def _blocks(columns: int) -> list[slice]:
+def blocks(columns: int) -> list[slice]:
+    """The columns of a Gram matrix, BLOCK at once."""
     return [slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
 
 def _divided(gram: Tensor, scale: Tensor) -> Tensor:
     """gram / outer(scale, scale), a few rows at a time: (in, in)."""
     divided = torch.empty_like(gram)
-    for block in _blocks(len(gram)):
+    for block in blocks(len(gram)):
         torch.div(gram[block], torch.outer(scale[block], scale), out=divided[block])
     return divided

@@ -25,6 +25,7 @@ from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.solving import Given, Solved, choose_scale, dense
 from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.exporter.vision_loss import Loss, Target, Weights, levels_of, observe, shares_of, target_of
 from vlmq.exporter.walk import Walk, walk
 from vlmq.kernels.grid import TENSOR, Grid, Limits, round_input, round_trip
@@ -58,8 +59,9 @@ def tune(
     plan = walk(checkpoint.skeleton(), checkpoint.family)
     model = checkpoint.model().requires_grad_(False)
     mark = _answer_mark(checkpoint)
-    with _watching(model, [name for name in schemes if name not in start]) as statistics:
+    with _watching(model, [name for name in schemes if name not in start]) as sums:
         targets = [_targets(model, plan, batch, mark) for batch in learning]
+    statistics = {name: found.statistics() for name, found in sums.items()}
     tests = [target for batch in held_out for target in _targets(model, plan, batch, mark)]
     _fold(plan, Given(checkpoint, model, schemes), start, statistics)
     learned = _round(checkpoint, model, schemes, names, start, statistics)
@@ -160,18 +162,18 @@ def _targets(model: PreTrainedModel, plan: Walk, batch: Batch, mark: int) -> lis
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Statistics]]:
-    """Statistics of what the named linears read while the model runs; an embedding, which reads ids, has none."""
+def _watching(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Sums]]:
+    """Sums of what the named linears read while the model runs; an embedding, which reads ids, has none."""
     linears = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
-    statistics = {name: Statistics.empty(_linear(model, name).in_features) for name in linears}
+    sums = {name: Sums(_linear(model, name).in_features) for name in linears}
     hooks = [
         _linear(model, name).register_forward_pre_hook(
-            lambda module, args, name=name: statistics[name].add(args[0], keep=ROWS * BATCH // PAIRS)
+            lambda module, args, name=name: sums[name].add(args[0], keep=ROWS * BATCH // PAIRS)
         )
         for name in linears
     ]
     try:
-        yield statistics
+        yield sums
     finally:
         for hook in hooks:
             hook.remove()

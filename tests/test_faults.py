@@ -22,7 +22,7 @@ from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.quantize import quantize
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.exporter.walk import walk
 from vlmq.formats import compressed_tensors
 from vlmq.formats.compressed_tensors import packed_bytes
@@ -44,8 +44,9 @@ def test_1_the_search_for_a_scale_does_better_than_no_scaling(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 64, generator=generator) for rows in (512, 48))
     x[:, [3, 17, 40]] *= 25
-    statistics = Statistics.empty(64)
-    statistics.add(x)
+    sums = Sums(64)
+    sums.add(x)
+    statistics = sums.statistics()
     scheme = Scheme("awq", Grid(3, 32))
 
     def gain():

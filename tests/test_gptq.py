@@ -6,7 +6,7 @@ import torch
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods import awq, gptq
 from vlmq.exporter.scheme import Options, Scheme
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.kernels.grid import ROW, TENSOR, Grid, to_grid
 
 HALF = torch.float16
@@ -41,9 +41,9 @@ def correlated(tokens, columns):
 
 
 def seen(x, r=None):
-    statistics = Statistics.empty(x.shape[1], cross=r is not None)
-    statistics.add(x, reference=r)
-    return statistics
+    sums = Sums(x.shape[1], cross=r is not None)
+    sums.add(x, reference=r)
+    return sums.statistics()
 
 
 def solve(weight, statistics, grid, dtype=HALF, clip=False, **options):
@@ -118,6 +118,20 @@ def test_the_loss_of_a_linear_is_the_textbook_s(x, weight, bits, symmetric, grou
     assert expected < 0.95 * loss(to_grid(weight, grid, HALF).dequantize(), weight, x)
 
 
+@pytest.mark.parametrize(
+    ("group", "act_order", "static_groups"), [(32, True, True), (32, False, False), (TENSOR, True, True)]
+)
+@pytest.mark.parametrize("gptaq", [False, True])
+def test_rows_that_do_not_fit_into_one_stack_become_the_same(x, group, act_order, static_groups, gptaq, monkeypatch):
+    weight, statistics = normal(700, x.shape[1], seed=1), seen(x, x + normal(*x.shape, seed=7))
+    options = {"act_order": act_order, "static_groups": static_groups, "gptaq": gptaq, "clip": True}
+    whole = solve(weight, statistics, Grid(3, group), **options)
+    monkeypatch.setattr(gptq, "STACK", 300 * x.shape[1])
+    parts = solve(weight, statistics, Grid(3, group), **options)
+    for name in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_ranges_that_are_clipped_as_awq_clips_them_err_less(x, weight, bits):
     grid, statistics = Grid(bits, 32), seen(x)
@@ -179,7 +193,7 @@ def test_fewer_tokens_than_columns_are_solved(x, weight, damp):
 
 def test_a_gram_matrix_that_cannot_be_factored_is_damped_more_and_more_then_refused_in_one_line(x, weight):
     statistics = seen(x[:20])
-    statistics.gram -= 1e-5 * statistics.gram.diagonal().mean() * torch.eye(COLUMNS)  # eigenvalues below 0
+    statistics.gram.diagonal().sub_(1e-5 * statistics.gram.diagonal().mean())  # eigenvalues below 0
     solve(weight, statistics, Grid(4, 32), damp=1e-7)
     with pytest.raises(VlmqError, match=r"^[^\n]*cannot be factored[^\n]*--option damp=0.1$"):
         solve(weight, statistics, Grid(4, 32), damp=1e-9)

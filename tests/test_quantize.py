@@ -12,7 +12,7 @@ from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.samples import Sample
 from vlmq.exporter.solving import solve_block
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.exporter.walk import walk
 from vlmq.kernels.grid import Grid, Limits, QuantizedWeight, to_grid
 
@@ -306,11 +306,10 @@ def test_one_linear_that_wants_a_scale_gets_it_whatever_the_others_want(tiny_fol
 
 
 def test_rows_are_kept_from_all_over_an_input_and_not_its_first():
-    found = Statistics.empty(16)
-    found.add(torch.arange(100.0).unsqueeze(1).expand(100, 16), keep=4)
-    assert found.rows[:, 0].tolist() == [12, 37, 62, 87]
-    found.add(torch.zeros(2, 16), keep=4)
-    assert len(found.rows) == 6
+    sums = Sums(16)
+    sums.add(torch.arange(100.0).unsqueeze(1).expand(100, 16), keep=4)
+    sums.add(torch.zeros(2, 16), keep=4)
+    assert sums.statistics().rows[:, 0].tolist() == [12, 37, 62, 87, 0, 0]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from vlmq.exporter.methods import group_aware, smoothquant
 from vlmq.exporter.methods.problem import Problem
 from vlmq.exporter.methods.rounded import limits_of, rounded_loss
 from vlmq.exporter.scheme import Options, Scheme
-from vlmq.exporter.statistics import Statistics
+from vlmq.exporter.sums import Sums
 from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits
 
 HALF = torch.float16
@@ -27,10 +27,10 @@ def weights():
 
 
 def problem(x, weights, grid, inputs, **options):
-    statistics = Statistics.empty(x.shape[1])
-    statistics.add(x, keep=len(x))
+    sums = Sums(x.shape[1])
+    sums.add(x, keep=len(x))
     schemes = [Scheme("smoothquant", grid, inputs, options=Options(**options))] * len(weights)
-    return Problem(weights, schemes, statistics, HALF, lambda scale: 0.0)
+    return Problem(weights, schemes, sums.statistics(), HALF, lambda scale: 0.0)
 
 
 def loss(asked, scale):
@@ -110,9 +110,10 @@ def test_group_aware_scales_err_no_more_than_awq_s_or_smoothquant_s_alone(x, wei
 
 
 def test_the_range_of_a_whole_tensor_is_what_calibration_saw(x):
-    statistics = Statistics.empty(64)
+    sums = Sums(64)
     for part in x.split(100):
-        statistics.add(part)
+        sums.add(part)
+    statistics = sums.statistics()
     assert limits_of(statistics, Grid(8, TENSOR)) == Limits(x.min().item(), x.max().item())
     assert limits_of(statistics, Grid(8, ROW)) is None
 

@@ -6,7 +6,8 @@ Section 3.2: channels whose inputs are large are scaled up before rounding and d
     || Q(W diag(s)) diag(1/s) X - W X ||^2 = tr(D H D^T),   D = Q(W diag(s)) diag(1/s) - W,   H = X X^T
 
 All linears that read an input share one `s`. Then each group's range is shrunk (clipped) where that lowers the
-error its columns cause. From H alone, the cost does not grow with the number of calibration tokens.
+error its columns cause. From H alone, the cost does not grow with the number of calibration tokens; and the exponents
+race (`racing.py`), so that most are left after a few rows of the weights.
 """
 
 import math
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from vlmq.exporter.methods.problem import Problem
+from vlmq.exporter.methods.racing import race
 from vlmq.exporter.scheme import Scheme
-from vlmq.exporter.statistics import Statistics, output_loss, row_losses
+from vlmq.exporter.statistics import Statistics, row_losses
 from vlmq.kernels.grid import ROWS, TENSOR, Grid, QuantizedWeight, between, extremes, nearest, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
-LIKELY = 0.4  # the exponent that is tried first: the sooner a good one is known, the sooner the others are left
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
-SLAB = 512  # rows in one product with a Gram matrix: enough to be fast, few enough to bound the search's memory
+SLAB = 128  # rows after which candidates may be left: enough for a product with a Gram matrix to be fast
 
 
 def rescale(problem: Problem) -> Tensor:
@@ -34,10 +35,23 @@ def rescale(problem: Problem) -> Tensor:
     candidates = [candidate(problem.statistics, exponent) for exponent in EXPONENTS]
     if any(scheme.options.awq_loss == "block" for scheme in problem.schemes):
         return min(candidates, key=problem.trial)
-    losses = [math.inf] * len(candidates)
-    for index in sorted(range(len(candidates)), key=lambda index: abs(EXPONENTS[index] - LIKELY)):
-        losses[index] = scale_loss(problem, candidates[index], min(losses))
-    return candidates[losses.index(min(losses))]
+    slabs = _slabs(problem)
+
+    def losses(index: int, slab: int) -> Tensor:
+        return scale_losses(slabs[slab], candidates[index], problem.statistics.gram, problem.dtype)
+
+    return candidates[race(len(candidates), len(slabs), sum(map(len, problem.weights)), losses)]
+
+
+def _slabs(problem: Problem) -> list[list[tuple[Tensor, Grid]]]:
+    """The rows of all weights in slabs, of which each holds some of every weight, evenly drawn.
+
+    A TENSOR grid spans all rows of its weight: then they are one slab.
+    """
+    pairs = [(weight, scheme.grid) for weight, scheme in zip(problem.weights, problem.schemes, strict=True)]
+    whole = any(grid.group == TENSOR for _, grid in pairs)
+    slabs = 1 if whole else math.ceil(sum(map(len, problem.weights)) / SLAB)
+    return [[(weight[slab::slabs], grid) for weight, grid in pairs] for slab in range(slabs)]
 
 
 def candidate(statistics: Statistics, exponent: float) -> Tensor:
@@ -46,19 +60,13 @@ def candidate(statistics: Statistics, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scale_loss(problem: Problem, scale: Tensor, limit: float = math.inf) -> float:
-    """tr(D H D^T), summed over the weights that read the input, for one scale (in,).
-
-    No row's share is negative, so the rows that are left are not looked at once the sum is above the limit.
-    """
-    total = 0.0
-    for weight, scheme in zip(problem.weights, problem.schemes, strict=True):
-        for rows in (weight,) if scheme.grid.group == TENSOR else weight.split(SLAB):
-            error = round_trip(rows * scale, scheme.grid, problem.dtype).div_(scale).sub_(rows)
-            total += output_loss(error, problem.statistics.gram).item()
-            if total > limit:
-                return total
-    return total
+def scale_losses(slab: list[tuple[Tensor, Grid]], scale: Tensor, gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each row adds to tr(D H D^T) for one scale (in,): (rows,), weight after weight of the slab's (rows, in)."""
+    losses = []
+    for weight, grid in slab:
+        error = round_trip(weight * scale, grid, dtype).div_(scale).sub_(weight)
+        losses.append(row_losses(error, gram))
+    return torch.cat(losses)
 
 
 def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:

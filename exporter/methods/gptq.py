@@ -33,6 +33,7 @@ from vlmq.kernels.grid import ROW, TENSOR, Grid, QuantizedWeight, fit, float_cod
 BLOCK = 128  # columns rounded before the columns beyond them are moved
 STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
 SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
+STACK = 2**24  # values that go through the column loop together: bounds what is needed beside the weight
 PANEL = 512  # columns that a factor is inverted, or put in order, by: bounds what is needed beside it
 ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
 
@@ -51,18 +52,29 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
     inputs = statistics.gram.diagonal()
     order = inputs.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(inputs))
     moves = _moves(statistics, order.to(weight.device), options.damp, options.gptaq)  # first: it needs the most memory
-    rows = len(weight)
-    alive = pad(weight.masked_fill(inputs == 0, 0), (0, 0, 0, -rows % SLAB))  # rows of zeros fill up the last slab
-    width = grid.width(alive.shape[1])
-    if static:
-        shrink = _shrink(alive, statistics, grid, dtype) if options.clip else 1.0
-        scale, zero = (fitted.T.contiguous() for fitted in fit(alive, grid, dtype, shrink))
-    else:
-        scale = alive.new_empty(alive.shape[1] // width, len(alive), dtype=dtype)
-        zero = torch.empty_like(scale, dtype=torch.uint8)
-    codes = _round_columns(alive.T[order].contiguous(), order.tolist(), moves, scale, zero, grid, width, static)
-    codes, scale, zero = (found.T[:rows].contiguous() for found in (codes, scale, zero))
+    dead = inputs == 0
+    shared = _fit(weight.masked_fill(dead, 0), statistics, scheme, dtype) if grid.group == TENSOR else None
+    parts = []
+    for rows in weight.split(max(SLAB, STACK // len(inputs) // SLAB * SLAB)):
+        stack = pad(rows.masked_fill(dead, 0), (0, 0, 0, -len(rows) % SLAB))  # rows of zeros fill up the last slab
+        if shared:
+            scale, zero = (each[:, :1].repeat(1, len(stack)) for each in shared)
+        elif static:
+            scale, zero = _fit(stack, statistics, scheme, dtype)
+        else:
+            scale = stack.new_empty(len(inputs) // grid.width(len(inputs)), len(stack), dtype=dtype)
+            zero = torch.empty_like(scale, dtype=torch.uint8)
+        codes = _round_columns(stack.T[order].contiguous(), order.tolist(), moves, scale, zero, grid, static)
+        parts.append([found.T[: len(rows)] for found in (codes, scale, zero)])
+    codes, scale, zero = (torch.cat(found) for found in zip(*parts, strict=True))
     return QuantizedWeight(codes, scale, zero, grid)
+
+
+def _fit(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each group's scale and zero, known before any column is rounded: weight (out, in)  ->  both (groups, out)."""
+    shrink = _shrink(weight, statistics, scheme.grid, dtype) if scheme.options.clip else 1.0
+    scale, zero = fit(weight, scheme.grid, dtype, shrink)
+    return scale.T.contiguous(), zero.T.contiguous()
 
 
 def _shrink(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -79,14 +91,21 @@ def _moves(statistics: Statistics, order: Tensor, damp: float, asymmetric: bool)
     if asymmetric and statistics.cross is None:
         raise ValueError("gptaq needs what the full-precision model reads; statistics.cross is missing")
     factor = inverse_factor(statistics.gram, damp, order)
-    moves = [torch.empty_like(factor, dtype=torch.float32, memory_format=torch.contiguous_format)]
-    diagonal = factor.diagonal().unsqueeze(1)
-    for panel in _panels(len(factor)):
-        moves[0][panel] = (factor[panel] / diagonal[panel]).neg_()
+    by_value = []
     if asymmetric and statistics.cross is not None:
         cross = statistics.cross[order][:, order].double()
-        moves.append(((cross @ factor.T).triu_(1) @ factor).float())
-    return moves
+        by_value.append(((cross @ factor.T).triu_(1) @ factor).float())
+    return [_by_error(factor), *by_value]
+
+
+def _by_error(factor: Tensor) -> Tensor:
+    """-U_jk / U_jj in float32, written over U, whose columns lie side by side: half of its memory is then idle."""
+    size, diagonal = len(factor), factor.diagonal().clone()
+    columns = factor.mT
+    moves = columns.view(torch.float32).flatten()[: size * size].view(size, size)
+    for panel in _panels(size):  # never ahead of what is read: a column is half as long as it was
+        moves[panel] = (columns[panel] / diagonal).neg_()
+    return moves.mT
 
 
 def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
@@ -154,7 +173,6 @@ def _round_columns(
     scale: Tensor,
     zero: Tensor,
     grid: Grid,
-    width: int,
     static: bool,
 ) -> Tensor:
     """The column loop. weight (in, out), in place, its columns (rows here) in `order`  ->  codes (in, out) uint8.
@@ -164,6 +182,7 @@ def _round_columns(
     """
     codes = torch.empty_like(weight, dtype=torch.uint8)
     errors = torch.empty_like(weight)
+    width = grid.width(len(weight))
     steps, offsets = scale.float(), zero.float()
     # A group that is fitted on the way lies in one block, whose columns are up to date where a group begins.
     block = BLOCK if static else max(width, BLOCK - BLOCK % width)
@@ -193,7 +212,7 @@ def _move(weight: Tensor, errors: Tensor, moves: list[Tensor], done: slice, ahea
 
     In slabs of rows: how a matrix product rounds depends on its shape, not on where a row lies in it.
     """
-    move = torch.cat([move[done, ahead] for move in moves]).T
+    move = torch.cat([move[done, ahead].T for move in moves], dim=1)
     left = [source[done] for source in (errors, weight)[: len(moves)]]
     for first in range(0, weight.shape[1] if len(move) else 0, SLAB):
         slab = slice(first, first + SLAB)

@@ -12,7 +12,7 @@ from vlmq.exporter.evaluation.worker import fitting, sample_bytes
 from vlmq.exporter.methods.qvlm import MOST
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.planning import disk
-from vlmq.exporter.planning.working import to_work
+from vlmq.exporter.planning.working import to_rescale, to_solve
 from vlmq.exporter.planning.workload import FLOAT, Need, Part, Workload
 from vlmq.exporter.quantize import needs_reference
 from vlmq.exporter.solving import is_asymmetric
@@ -67,14 +67,23 @@ def _calibrating(work: Workload, base: Part, block: Block) -> tuple[Part, ...]:
 
 def _solving(work: Workload, base: Part, block: Block) -> tuple[Part, ...]:
     codes = sum(site.rows * site.columns for entry in block.inputs for site, _ in work.quantized(entry))
+    statistics, copies = max(_moments(work, block), key=sum)
     return (
         base,
         *_block(work, block),
-        _statistics(work, block),
+        Part("statistics", statistics, "Gram matrices of the inputs that are not solved yet"),
         Part("codes", codes, "a byte for each weight until the block is written"),
-        Part("working copies", to_work(block, work), "what the method computes with, on its costliest input"),
+        Part("working copies", copies, "what the method computes with, on its costliest input"),
         _waiting(work),
     )
+
+
+def _moments(work: Workload, block: Block) -> Iterator[tuple[int, int]]:
+    """Bytes of statistics and of working copies: while scales are searched, then as one input after the other goes."""
+    sizes = [_of_an_input(work, entry) if work.samples else 0 for entry in block.inputs]
+    for index, entry in enumerate(block.inputs):
+        yield sum(sizes), to_rescale(entry, work)
+        yield sum(sizes[index:]), to_solve(entry, work)
 
 
 def _block(work: Workload, block: Block) -> tuple[Part, Part]:
@@ -86,10 +95,9 @@ def _block(work: Workload, block: Block) -> tuple[Part, Part]:
     ]
     times = MOST if searched and work.samples else 1
     why = f"in float32, with {times - 1} more that are searched with it" if times > 1 else "in float32"
-    elements = work.elements(block)
     return (
-        Part("the block", times * elements * FLOAT, why),
-        Part("a block in flight", elements * work.stored, "as stored, while it is read ahead or written behind"),
+        Part("the block", times * work.elements(block) * FLOAT, why),
+        Part("a tensor in flight", work.largest(block) * work.stored, "as stored, while it is read or written"),
     )
 
 

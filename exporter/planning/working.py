@@ -11,13 +11,13 @@ from vlmq.exporter.methods import awq, gptq, rtn
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.planning.workload import FLOAT, Workload
 from vlmq.exporter.scheme import Options
-from vlmq.exporter.walk import Block, Input
+from vlmq.exporter.walk import Input
 
-ROUNDING = 2  # float32 copies of a stack: itself, and its codes with a few rows on their way to them
-LOSS = 3  # float32 copies of a weight: its error, that times the Gram matrix, and their product
+ROUNDING = 1  # float32 copies of a stack: its codes, twice while they are put together, and a few rows on their way
+LOSS = 3  # float32 copies of some rows: their error, that times the Gram matrix, and their product
 CLIPPING = 8  # of the rows clipped at once: as with LOSS, and what the allocator keeps of them; measured
-FACTORING = 13  # bytes for each entry of a Gram matrix: the factor in float64, the moves in float32; measured
-COLUMNS = 4.25  # copies of a stack in gptq's column loop: it, without dead channels, turned, its errors; codes
+FACTORING = 9  # bytes for each entry of a Gram matrix: its factor in float64, and panels of it; measured
+COLUMNS = 4.25  # copies of what goes through gptq's column loop: it, padded, turned, its errors; codes
 
 
 def to_choose_codes(rows: int, columns: int, solve: Callable[..., Any], options: Options) -> int:
@@ -34,10 +34,10 @@ def _clipping(rows: int, columns: int, options: Options) -> int:
 
 
 def _compensating(rows: int, columns: int, options: Options) -> int:
-    stack, matrix = rows * columns * FLOAT, columns * columns
-    moves = 2 if options.gptaq else 1
-    factoring = stack + (FACTORING + (moves - 1) * FLOAT) * matrix
-    return max(factoring, int(COLUMNS * stack) + moves * matrix * FLOAT)
+    matrix, together = columns * columns, min(rows * columns, max(gptq.STACK, gptq.SLAB * columns))
+    by_value = FLOAT * matrix if options.gptaq else 0  # the other moves; to make them, three matrices in float64
+    looping = 2 * FLOAT * matrix + by_value + int(COLUMNS * FLOAT * together) + rows * columns
+    return max(FACTORING * matrix + 6 * by_value, looping)
 
 
 SOLVING: dict[Callable[..., Any], Callable[[int, int, Options], int]] = {
@@ -55,22 +55,19 @@ def to_rescale(entry: Input, work: Workload) -> int:
     columns = entry.sites[0].columns
     rows = [site.rows for site, _ in work.quantized(entry)]
     searching = (sum(rows) + LOSS * min(max(rows), awq.SLAB)) * columns * FLOAT
-    return max(searching, 2 * columns * columns * FLOAT)  # the divisors of the Gram matrix, and the quotient
+    return max(searching, columns * columns * FLOAT)  # the Gram matrix divided by it
 
 
 def to_solve(entry: Input, work: Workload) -> int:
-    """Bytes while the codes of the linears that read an input are chosen, and their error measured."""
-    stacks: dict[Any, int] = {}
+    """Bytes while the codes of the linears that read an input are chosen."""
+    stacks: dict[Any, list[int]] = {}
     for site, scheme in work.quantized(entry):
         rows = sum(part.stop - part.start for part in scheme.rows) if scheme.rows else site.rows
-        key = (METHODS[scheme.method].solve, scheme.grid, scheme.options)
-        stacks[key] = stacks.get(key, 0) + rows
+        stacks.setdefault((METHODS[scheme.method].solve, scheme.grid, scheme.options), []).append(rows)
     columns = entry.sites[0].columns
-    solving = (to_choose_codes(rows, columns, solve, options) for (solve, _, options), rows in stacks.items())
-    measuring = LOSS * max((site.rows for site, _ in work.quantized(entry)), default=0) * columns * FLOAT
-    return max([measuring if work.samples else 0, *solving])
 
+    def held(rows: list[int], solve: Callable[..., Any], options: Options) -> int:
+        stacked = sum(rows) * columns * FLOAT if len(rows) > 1 else 0
+        return stacked + to_choose_codes(sum(rows), columns, solve, options)
 
-def to_work(block: Block, work: Workload) -> int:
-    """Bytes of the working copies of a block's methods, at the most: they work on one input after the other."""
-    return max(max(to_rescale(entry, work), to_solve(entry, work)) for entry in block.inputs)
+    return max((held(rows, solve, options) for (solve, _, options), rows in stacks.items()), default=0)

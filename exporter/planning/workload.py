@@ -86,6 +86,10 @@ class Workload:
         """Elements of a block's parameters."""
         return sum(count for name, count in self.sizes.items() if name.startswith(f"{block.name}."))
 
+    def largest(self, block: Block) -> int:
+        """Elements of the largest of a block's parameters."""
+        return max(count for name, count in self.sizes.items() if name.startswith(f"{block.name}."))
+
     def quantized(self, entry: Input) -> list[tuple[Site, Scheme]]:
         """The linears that read an input and are quantized."""
         schemes = self.assignment.schemes
