@@ -1,8 +1,8 @@
 """A race: which of several candidates loses least over many rows, told from as few rows as decide it.
 
-Rows are looked at slab by slab. After each, a candidate is left that is behind the best one so far by more than chance
-explains: the differences are taken row by row, so what makes a row hard for all of them cancels out (Hoeffding races,
-Maron and Moore, NIPS 1993, section 2, with the normal bound of a sample drawn without replacement).
+Rows are looked at slab by slab. After each, a candidate is left that is surely behind the best one so far, or ahead of
+it by next to nothing: the differences are taken row by row, so what makes a row hard for all of them cancels out
+(Hoeffding races, Maron and Moore, NIPS 1993, section 2, with the normal bound of a sample drawn without replacement).
 """
 
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SURE = 5.0  # standard errors that a candidate must be behind by
+SURE = 5.0  # standard errors of a difference
+CLOSE = 0.001  # of the best one's loss: who may be ahead by so much is not waited for
 
 
 def race(candidates: int, slabs: int, rows: int, losses: Callable[[int, int], Tensor]) -> int:
-    """The candidate with the least sum of losses over all rows; of equals the first.
+    """The candidate with the least sum of losses over all rows, or one that is CLOSE to it; of equals the first.
 
     losses: of a candidate on the rows of a slab, (n,); a slab should hold rows of all kinds. rows: of all slabs.
     Where the race is not decided before its end, every row was looked at, and the answer is exact.
@@ -26,13 +27,19 @@ def race(candidates: int, slabs: int, rows: int, losses: Callable[[int, int], Te
         for candidate, found in seen.items():
             seen[candidate] = torch.cat([found, losses(candidate, slab).double().cpu()])
         best = min(seen, key=lambda candidate: seen[candidate].sum().item())
-        seen = {candidate: found for candidate, found in seen.items() if not _is_behind(found, seen[best], rows)}
+        seen = {
+            candidate: found
+            for candidate, found in seen.items()
+            if candidate == best or not _is_behind(found, seen[best], rows)
+        }
     return min(seen, key=lambda candidate: seen[candidate].sum().item())
 
 
 def _is_behind(losses: Tensor, best: Tensor, rows: int) -> bool:
-    """Whether losses (n,) would stay above the best's (n,) on all rows, of which n were drawn."""
+    """Whether losses (n,) would stay above the best's (n,), or CLOSE, on all rows, of which n were drawn."""
     difference = losses - best
     drawn = len(difference)
-    missing = (1 - drawn / rows) / drawn
-    return bool(difference.mean() > SURE * (difference.var() * missing).sqrt()) if drawn > 1 else False
+    if drawn < 2:
+        return False
+    error = (difference.var() * (1 - drawn / rows) / drawn).sqrt()
+    return bool(difference.mean() + CLOSE * best.mean() > SURE * error)
