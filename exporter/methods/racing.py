@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SURE = 5.0  # standard errors of a difference
+SURE = 3.0  # standard errors of a difference; where chance is larger than that, the two are much alike
 CLOSE = 0.001  # of the best one's loss: who may be ahead by so much is not waited for
 
 
