@@ -34,7 +34,8 @@ BLOCK = 128  # columns rounded before the columns beyond them are moved
 STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
 SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
 STACK = 2**24  # values that go through the column loop together: bounds what is needed beside the weight
-PANEL = 512  # columns that a factor is inverted, or put in order, by: bounds what is needed beside it
+PANEL = 512  # columns that a factor is inverted by
+STRIPE = 64  # columns that a factor is put in order or scaled by: bounds what is needed beside it
 ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
 
 
@@ -103,7 +104,7 @@ def _by_error(factor: Tensor) -> Tensor:
     size, diagonal = len(factor), factor.diagonal().clone()
     columns = factor.mT
     moves = columns.view(torch.float32).flatten()[: size * size].view(size, size)
-    for panel in _panels(size):  # never ahead of what is read: a column is half as long as it was
+    for panel in _panels(size, STRIPE):  # never ahead of what is read: a column is half as long as it was
         moves[panel] = (columns[panel] / diagonal).neg_()
     return moves.mT
 
@@ -120,7 +121,7 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
     factor = torch.empty_like(gram, dtype=torch.float64, memory_format=torch.contiguous_format).mT
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for attempt in range(ATTEMPTS):
-        for panel in _panels(len(gram)):
+        for panel in _panels(len(gram), STRIPE):
             factor[:, panel] = gram[backwards[panel]][:, backwards].T
         factor.diagonal().add_(share * 10**attempt).masked_fill_(inputs == 0, 1)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
@@ -135,25 +136,23 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
 
 
 def _invert(lower: Tensor) -> None:
-    """The inverse of a lower triangular matrix, in place: of [A 0; B C] it is [A' 0; -C'BA' C'], where ' inverts."""
-    if len(lower) <= PANEL:
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = len(lower) // 2
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    for panel in _panels(half):
-        below[:, panel] = torch.linalg.solve_triangular(last, below[:, panel], upper=False)
-    for panel in _panels(len(below)):
-        below[panel] = torch.linalg.solve_triangular(first, below[panel], upper=False, left=False).neg_()
-    _invert(first)
-    _invert(last)
+    """The inverse X of a lower triangular matrix L, in place, a panel of columns after the other from the last on:
+
+    X_jj = L_jj^-1 and, below it, X_ij = -(sum over k from j + 1 to i of X_ik L_kj) X_jj.
+    """
+    for panel in reversed(_panels(len(lower), PANEL)):
+        identity = torch.eye(panel.stop - panel.start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[panel, panel], identity, upper=False)
+        for rows in reversed(_panels(len(lower), PANEL, panel.stop)):  # what is above is still to be read
+            between = slice(panel.stop, rows.stop)
+            lower[rows, panel] = (lower[rows, between] @ lower[between, panel] @ corner).neg_()
+        lower[panel, panel] = corner
 
 
 def _turn(matrix: Tensor) -> None:
     """Reverse the rows and the columns of a square matrix whose columns lie side by side, in place."""
     columns = matrix.mT
-    for panel in _panels(len(matrix) // 2):
+    for panel in _panels(len(matrix) // 2, STRIPE):
         mirror = slice(len(matrix) - panel.stop, len(matrix) - panel.start)
         front = columns[panel].flip(0, 1)
         columns[panel] = columns[mirror].flip(0, 1)
@@ -162,8 +161,8 @@ def _turn(matrix: Tensor) -> None:
         columns[len(matrix) // 2] = columns[len(matrix) // 2].flip(0)
 
 
-def _panels(columns: int) -> list[slice]:
-    return [slice(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
+def _panels(stop: int, width: int, start: int = 0) -> list[slice]:
+    return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
 
 
 def _round_columns(
