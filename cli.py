@@ -342,14 +342,16 @@ def evaluate(
 
     A run that was ended goes on where its results file ends when the same command is given again.
     """
+    from vlmq.exporter.errors import VlmqError
     from vlmq.exporter.evaluation import records
     from vlmq.exporter.evaluation.comparison import compare
     from vlmq.exporter.evaluation.summary import summarise
 
     if model.endswith(".jsonl"):
+        if task or data or out:
+            raise VlmqError(f"{model}: results are there already; leave out --task, --data and --out")
         results = records.read(Path(model))
     else:
-        from vlmq.exporter.errors import VlmqError
         from vlmq.exporter.evaluation.evaluate import Request
         from vlmq.exporter.evaluation.evaluate import evaluate as run_evaluation
 
@@ -373,8 +375,13 @@ def evaluate(
         )
         if against:
             records.read(against)  # what is wrong with it is known before hours of work
-        with _bars(as_json) as progress:
-            results = run_evaluation(request, progress)
+        try:
+            with _bars(as_json) as progress:
+                results = run_evaluation(request, progress)
+        except SystemExit:
+            if request.out.is_file():
+                typer.echo(f"vlmq: {request.out} keeps what is answered; the same command goes on", err=True)
+            raise
     comparison = compare(results, records.read(against)) if against else None
     _print_evaluation(summarise(results), comparison, as_json)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def load(name):
     return json.loads((DATA / f"{name}.json").read_text())
 
 
+@cache
 def words(name):
     """The captions and references of a file of predictions, through our own tokenizer."""
     references, predicted = load("refs"), load(name)["predictions"]

@@ -418,6 +418,7 @@ def test_evaluate_prints_a_table_and_compares_two_files(vlmq, request_of, tmp_pa
         (("blip2-mini", "--task", "vqav2", "--data", "nowhere"), "no such file or folder"),
         (("nowhere", "--task", "vqav2", "--data", "demo"), "nowhere: no such folder"),
         (("nowhere.jsonl",), "nowhere.jsonl"),
+        (("x.jsonl", "--task", "vqav2"), "results are there already"),
         (("blip2-mini", "--task", "vqav2", "--data", "demo", "--out", "no/such/x.jsonl"), "no folder no/such"),
     ],
 )

@@ -108,10 +108,14 @@ class Journal:
             # What a torn batch left is answered again, so that the file ends as an unbroken run's.
             _replace(self.path, self.header, self.done.values())
             self._is_clean = True
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(record.line() for record in records)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(record.line() for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as fault:
+            line = f"{self.path}: cannot be written ({fault.strerror}); make room, and give the same command again"
+            raise VlmqError(line) from None
         self.done.update((record.id, record) for record in records)
 
 
