@@ -20,6 +20,8 @@ import typer
 import vlmq
 
 if TYPE_CHECKING:
+    from vlmq.exporter.evaluation.comparison import Comparison
+    from vlmq.exporter.evaluation.summary import Summary
     from vlmq.exporter.evaluation.verify import Verdict
     from vlmq.exporter.inspection import Inspection
     from vlmq.exporter.planning.plan import Plan
@@ -310,6 +312,80 @@ def run(
         typer.echo(answer.text)
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An export, a checkpoint, a demo, a Hub id, or a file of results.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="vqav2, gqa, vizwiz, scienceqa, coco, flickr30k, or coco-retrieval, flickr30k-retrieval."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The task's official files, a folder or Hub name of `datasets`, or demo.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many of the questions, always the same.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Results, a sample a line.  \\[default: MODEL-TASK.jsonl]")] = None,
+    against: Annotated[Path | None, typer.Option(help="Results of another model, to compare with.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which of several splits.")] = None,
+    engine: Annotated[
+        Literal["onnx", "torch"] | None, typer.Option(help="\\[default: onnx where the folder has it]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="\\[default: what 2 GiB of caches allow]", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="\\[default: the task's, 20 or 30]", min=1)] = None,
+    instruction: Annotated[str | None, typer.Option(help="A line after every question: how to answer.")] = None,
+    with_image: Annotated[bool, typer.Option("--with-image", help="Leave out questions about text alone.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad samples as failed, and go on.")] = False,
+    rerank: Annotated[int, typer.Option(help="Retrieval: so many are looked at by the matching head.", min=0)] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where --out has answers already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on a benchmark, and tell whether it differs from another beyond noise.
+
+    A run that was ended goes on where its results file ends when the same command is given again.
+    """
+    from vlmq.exporter.errors import VlmqError
+    from vlmq.exporter.evaluation import records
+    from vlmq.exporter.evaluation.comparison import compare
+    from vlmq.exporter.evaluation.summary import summarise
+
+    if model.endswith(".jsonl"):
+        if task or data or out:
+            raise VlmqError(f"{model}: results are there already; leave out --task, --data and --out")
+        results = records.read(Path(model))
+    else:
+        from vlmq.exporter.evaluation.evaluate import Request
+        from vlmq.exporter.evaluation.evaluate import evaluate as run_evaluation
+
+        if task is None or data is None:
+            raise VlmqError(f"{model}: no --{'task' if task is None else 'data'}; say what to ask it")
+        request = Request(
+            model=model,
+            task=task,
+            data=data,
+            out=out or Path(f"{Path(model).resolve().name}-{task}.jsonl"),
+            split=split,
+            limit=limit,
+            engine=engine,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            instruction=instruction,
+            with_image=with_image,
+            skip_bad=skip_bad,
+            rerank=rerank,
+            fresh=fresh,
+        )
+        if against:
+            records.read(against)  # what is wrong with it is known before hours of work
+        try:
+            with _bars(as_json) as progress:
+                results = run_evaluation(request, progress)
+        except SystemExit:
+            if request.out.is_file():
+                typer.echo(f"vlmq: {request.out} keeps what is answered; the same command goes on", err=True)
+            raise
+    comparison = compare(results, records.read(against)) if against else None
+    _print_evaluation(summarise(results), comparison, as_json)
+
+
 @recipe_app.command()
 @_takes_recipe
 def show(
@@ -525,6 +601,41 @@ def _print_table(verdict: "Verdict") -> None:
     Console(width=None if console.is_terminal else 110).print(table)
     word = "[green]ok[/]" if verdict.ok else "[red]failed[/]"
     console.print(f"{word}: {criterion(verdict)}")
+
+
+def _print_evaluation(summary: "Summary", comparison: "Comparison | None", as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmq.exporter.evaluation import tables
+
+    if as_json:
+        _print_json(tables.as_dict(summary, comparison))
+        return
+    console = Console()
+    wide = Console(width=None if console.is_terminal else 140)
+    table = Table("", title=f"{summary.model} ({summary.engine}) on {summary.task}", title_justify="left")
+    for heading in ("samples", "value"):
+        table.add_column(heading, justify="right")
+    for row in tables.summary_rows(summary):
+        table.add_row(*row)
+    wide.print(table)
+    for note in tables.summary_notes(summary):
+        typer.echo(f"note: {note}")
+    if not comparison:
+        return
+    table = Table(
+        "",
+        title=f"against {comparison.reference}, {comparison.samples} samples that both answered",
+        caption="differences: 95 % interval, bootstrap over images; McNemar: right only there : only here",
+        title_justify="left",
+    )
+    for heading in ("reference", "this model", "difference", "McNemar", ""):
+        table.add_column(heading, justify="right")
+    for row in tables.comparison_rows(comparison):
+        table.add_row(*row)
+    wide.print(table)
+    typer.echo(tables.verdict(comparison))
 
 
 def _print_shares(found: "Importance") -> None:

@@ -1,7 +1,9 @@
 """JSON that a person wrote or fetched, checked against what it should be, with one line for what is wrong."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,6 +26,36 @@ def parse(text: str, kind: type[Content], where: object, remedy: str) -> Content
     try:
         return kind.model_validate_json(text)
     except ValidationError as fault:
-        first = fault.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise VlmqError(f"{where}: {f'{place}: ' if place else ''}{first['msg']}; {remedy}") from None
+        raise VlmqError(f"{where}: {first_fault(fault)}; {remedy}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where and what the first thing is that is not as it should be."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def parse_keyed(
+    text: str, kind: type[Content], where: object, remedy: str, fault: Callable[[str, str], None]
+) -> Content:
+    """As `parse`, for a file whose outermost keys are ids; `fault` gets every id that occurs again, and a line.
+
+    JSON readers keep the last of equal keys in silence; here the first is kept.
+    """
+
+    def first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        for key, value in pairs:
+            if key not in kept:
+                kept[key] = value
+            elif isinstance(value, dict):  # a sample, not a field of one
+                fault(f"{key}#2", f"{where}: id {key} occurs more than once; give every sample an id of its own")
+        return kept
+
+    try:
+        return kind.model_validate(json.loads(text, object_pairs_hook=first_of_each))
+    except json.JSONDecodeError as error:
+        raise VlmqError(f"{where}: not JSON (line {error.lineno}: {error.msg}); {remedy}") from None
+    except ValidationError as error:
+        raise VlmqError(f"{where}: {first_fault(error)}; {remedy}") from None

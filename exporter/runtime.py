@@ -104,7 +104,7 @@ class TorchVlm:
         )
 
     def generate(self, images: Sequence["Image"], prompts: Sequence[str], max_new_tokens: int = 20) -> list[Answer]:
-        """The greedy continuation of each prompt about its image, one batch."""
+        """The greedy continuation of each prompt about its image, one batch; without images, of the text alone."""
         import torch
         from transformers import GenerationConfig
 
@@ -142,7 +142,8 @@ class TorchVlm:
 
     def _inputs(self, images: Sequence["Image"], prompts: Sequence[str]) -> Any:
         encoded = _encode(self.processor, images, prompts, "pt")
-        encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)
+        if images:
+            encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)
         return {name: value.to(self.model.device) for name, value in encoded.items()}
 
 
@@ -165,7 +166,7 @@ class OnnxVlm:
         self.outputs = [output.name for output in self.decoder.get_outputs()]
 
     def generate(self, images: Sequence["Image"], prompts: Sequence[str], max_new_tokens: int = 20) -> list[Answer]:
-        """The greedy continuation of each prompt about its image, one batch."""
+        """The greedy continuation of each prompt about its image, one batch; without images, of the text alone."""
         embeds, mask = self._prompt(images, prompts)
         past = self._no_past(len(prompts))
         running = np.ones(len(prompts), dtype=bool)
@@ -193,6 +194,8 @@ class OnnxVlm:
         """inputs_embeds (n, sequence, width) with the image features in their places, attention_mask (n, sequence)."""
         encoded = _encode(self.processor, images, prompts, "np")
         tokens, mask = np.asarray(encoded["input_ids"]), np.asarray(encoded["attention_mask"])
+        if not images:
+            return self._embed(tokens), mask.astype(np.int64)
         features = self.vision.run(None, {"pixel_values": np.asarray(encoded["pixel_values"], dtype=np.float32)})[0]
         places = tokens == self.image_token
         if places.sum() != features.shape[0] * features.shape[1]:
@@ -229,6 +232,8 @@ class OnnxVlm:
 
 def _encode(processor: "ProcessorMixin", images: Sequence["Image"], prompts: Sequence[str], kind: str) -> Any:
     """input_ids and attention_mask (n, sequence), padded on the left; pixel_values (n, 3, height, width)."""
+    if not images:
+        return processor(text=list(prompts), padding=True, return_tensors=kind)
     try:
         encoded = processor(images=list(images), text=list(prompts), padding=True, return_tensors=kind)
     except ValueError as error:  # the processor's own check of prompts against images

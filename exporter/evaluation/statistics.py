@@ -1,7 +1,7 @@
 """How sure a difference between two models is that answered the same questions.
 
 Questions about one image share its difficulty, so whole images are resampled, not questions (the cluster bootstrap;
-Davison and Hinkley, "Bootstrap Methods and their Application", 3.8). McNemar's test belongs here too, once needed.
+Davison and Hinkley, "Bootstrap Methods and their Application", 3.8). McNemar's test is there beside it.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+HALF = 0.5  # the score above which an answer is right
 _CELLS = 1 << 22  # resampling counts held at once: 32 MB
 
 
@@ -56,3 +57,40 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarr
         drawn = generator.multinomial(count, even, size=min(step, RESAMPLES - start))  # (resamples, clusters)
         means.append((drawn @ sums) / (drawn @ sizes))
     return np.concatenate(means)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Of the samples that one model got right and the other wrong: how many each got, and the exact test's p."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
+    """McNemar's exact test on paired scores of 0 to 1: is it as likely that only the first is right as only the second?
+
+    A score above one half is right; by VQAv2's formula, an answer that two of ten annotators gave. The test takes
+    samples for independent, which questions about one image are not; the interval of `paired_difference` does not.
+    McNemar, "Note on the sampling error of the difference between correlated proportions"; exact as in Fagerland et
+    al., "The McNemar test for binary matched-pairs data", section 2.
+    """
+    from scipy.stats import binomtest
+
+    pairs = [(one > HALF, other > HALF) for one, other in zip(first, second, strict=True)]
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    differing = only_first + only_second
+    p = float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
+    return McNemar(only_first, only_second, p)
+
+
+def in_words(difference: PairedDifference) -> str:
+    """What the interval says: no difference at all, one within noise, or one beyond it."""
+    if difference.low == difference.high == 0.0:
+        return "no difference"
+    if difference.clusters < 2:
+        return "one image: nothing can be said"
+    if difference.low <= 0.0 <= difference.high:
+        return "within noise"
+    return f"{'better' if difference.points > 0 else 'worse'}, beyond noise"
