@@ -51,7 +51,10 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(help="Points of accuracy that may be lost; else exit 1.  \\[default: 2 from 4 bits on]"),
 ]
-Format = Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")]
+Format = Annotated[
+    Literal["safetensors", "onnx", "both"] | None,
+    typer.Option(help="What to write.  \\[default: what the consumer reads; both]"),
+]
 NumberOfSamples = Annotated[int, typer.Option(help="How many samples to calibrate on.")]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
@@ -107,6 +110,10 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         vision_method: Annotated[str | None, typer.Option(help="Method of the vision encoder.")] = None,
         connector_method: Annotated[str | None, typer.Option(help="Method of the Q-Former or projector.")] = None,
         language_method: Annotated[str | None, typer.Option(help="Method of the language model.")] = None,
+        consumer: Annotated[
+            Literal["any", "transformers", "vllm", "onnxruntime"] | None,
+            typer.Option(help="Who is to load it; what that cannot take quantized is left alone.  \\[default: any]"),
+        ] = None,
         **others: Any,
     ) -> None:
         made = _recipe(
@@ -121,6 +128,7 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
                 "indivisible": indivisible,
                 "qkv": qkv,
                 "rotate": rotate or None,
+                "consumer": consumer,
                 "components": {
                     "vision": {"bits": vision_bits, "method": vision_method},
                     "connector": {"bits": connector_bits, "method": connector_method},
@@ -156,7 +164,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: MODEL-METHOD-wBITS]")
     ] = None,
-    format: Format = "both",
+    format: Format = None,
     accuracy_level: Annotated[
         Literal["0", "4"], typer.Option(help="onnxruntime's products: 0 in float32, 4 in int8 (faster, less exact).")
     ] = "0",
@@ -182,6 +190,7 @@ def export(
 
     A run that was stopped, however it was, goes on where it was when the same command is given again.
     """
+    from vlmq.exporter import consumers
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import export as run_export
 
@@ -194,7 +203,7 @@ def export(
         output=name,
         recipe=recipe,
         revision=revision,
-        formats=format,
+        formats=format or consumers.formats(recipe.consumer),
         accuracy_level=int(accuracy_level),
         calibration=calibration,
         samples=samples,
@@ -208,7 +217,7 @@ def export(
         fresh=fresh,
     )
     with _kept_to_go_on(name), _bars(as_json) as progress:
-        done = run_export(request, progress)
+        done = run_export(request, progress, _note)
     if done is None:
         return
     if as_json:
@@ -352,18 +361,20 @@ def plan(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the export would be written.")] = Path("out"),
-    format: Format = "both",
+    format: Format = None,
     samples: NumberOfSamples = 128,
     verify: Verify = True,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what an export would make, and what memory and disk it would take; a config is enough. Exit 2: too much."""
+    from vlmq.exporter import consumers
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import plan as planned
     from vlmq.exporter.planning.plan import as_dict, refuse
 
-    request = Request(model, output, recipe, revision, formats=format, samples=samples, verify=verify)
+    formats = format or consumers.formats(recipe.consumer)
+    request = Request(model, output, recipe, revision, formats=formats, samples=samples, verify=verify)
     found = planned(request)
     if as_json:
         _print_json(as_dict(found))
@@ -478,6 +489,11 @@ def _kept_to_go_on(output: Path) -> Iterator[None]:
         elif output.is_dir():
             typer.echo(f"vlmq: {output} is whole; vlmq verify {output} goes on from there", err=True)
         raise
+
+
+def _note(line: str) -> None:
+    if not HELPS:
+        typer.echo(f"note: {line}", err=True)
 
 
 def _verdict_json(verdict: "Verdict") -> dict[str, object]:

@@ -4,7 +4,7 @@ checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 
 import vlmq
+from vlmq.exporter import consumers, ends, workers
 from vlmq.exporter import data as datas
-from vlmq.exporter import ends, workers
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
@@ -86,17 +86,24 @@ class Exported:
     note: str | None
 
 
-def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported | None:
+def export(
+    request: Request,
+    progress: Progress = lambda what, done, of: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Exported | None:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone.
+
+    tell: is given a line, before the work, for each thing that the recipe's consumer takes in full precision alone.
 
     None on a worker that torchrun started beside the first: that one alone writes and verifies.
     """
     with workers.together():
-        return _export(request, progress)
+        return _export(request, progress, tell)
 
 
-def _export(request: Request, progress: Progress) -> Exported | None:
+def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -> Exported | None:
     refuse_place(request.output)
+    consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
@@ -104,6 +111,8 @@ def _export(request: Request, progress: Progress) -> Exported | None:
     refuse_for_format(assignment, request.formats)
     refuse_for_workers(assignment)
     planning.refuse(_planned(request, checkpoint, model, plan, assignment))
+    for line in assignment.told:
+        tell(line)
     data = datas.choose(
         checkpoint,
         request.calibration,
@@ -130,11 +139,11 @@ def _export(request: Request, progress: Progress) -> Exported | None:
         folder = staging.enter_context(staged(request.output))
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
-                written = _write_safetensors(checkpoint, blocks, assignment, Path(beside), request.max_shard_bytes)
+                written = _write_safetensors(request, checkpoint, blocks, assignment, Path(beside))
                 _write_onnx(Path(beside), folder, request.accuracy_level, progress)
             copy_companions(checkpoint.folder, folder, changes=checkpoint.changes)
         else:
-            written = _write_safetensors(checkpoint, blocks, assignment, folder, request.max_shard_bytes)
+            written = _write_safetensors(request, checkpoint, blocks, assignment, folder)
             if request.formats == "both":
                 _write_onnx(folder, folder, request.accuracy_level, progress)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
@@ -154,6 +163,7 @@ def plan(request: Request) -> planning.Plan:
 
     VlmqError for a recipe that is not meant for the model, or that the formats cannot hold.
     """
+    consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision, weights=False), request.recipe.rotate)
     model = checkpoint.skeleton()
     walk = ends.plan(checkpoint, model, request.recipe)
@@ -235,11 +245,12 @@ def _calibration(
 
 
 def _write_safetensors(
-    checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path, max_shard_bytes: int
+    request: Request, checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path
 ) -> Written:
-    written = write_weights(checkpoint, blocks, folder, max_shard_bytes)
+    written = write_weights(checkpoint, blocks, folder, request.max_shard_bytes)
     kept = {*assignment.kept, *(set(assignment.schemes) - set(written.grids))}
-    config = compressed_tensors.quantization_config(written.grids, kept)
+    aliases = consumers.aliases(request.recipe.consumer, {*written.grids, *kept})
+    config = compressed_tensors.quantization_config(written.grids, kept, aliases)
     copy_companions(checkpoint.folder, folder, config, checkpoint.changes)
     return written
 
