@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmq.exporter.inspection import Inspection
     from vlmq.exporter.planning.plan import Plan
     from vlmq.exporter.recipe import Recipe
+    from vlmq.exporter.release import Release
     from vlmq.exporter.search.importance import Importance
 
 HELPS = os.environ.get("RANK", "0") != "0"  # under torchrun: the first worker says what there is to say
@@ -58,6 +59,9 @@ Format = Annotated[
 NumberOfSamples = Annotated[int, typer.Option(help="How many samples to calibrate on.")]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
+]
+Gate = Annotated[
+    bool, typer.Option("--gate/--no-gate", help="Load what is written with transformers; exit 1 where it differs.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
@@ -175,6 +179,7 @@ def export(
     samples: NumberOfSamples = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     text_only: Annotated[bool, typer.Option("--text-only", help="Allow samples without an image.")] = False,
+    gate: Gate = True,
     verify: Verify = True,
     data: Data = None,
     max_drop: MaxDrop = None,
@@ -215,6 +220,7 @@ def export(
         max_shard_bytes=_bytes(max_shard_size, "--max-shard-size"),
         activation_memory=_bytes(activation_memory, "--activation-memory"),
         fresh=fresh,
+        gate=gate,
     )
     with _kept_to_go_on(name), _bars(as_json) as progress:
         done = run_export(request, progress, _note)
@@ -222,7 +228,8 @@ def export(
         return
     if as_json:
         verdict = done.verdict and _verdict_json(done.verdict)
-        _print_json({"folder": str(done.folder), "note": done.note, "verdict": verdict})
+        misses = list(done.release.misses) if done.release else []
+        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
     else:
         from vlmq.formats.manifest import sizes
 
@@ -236,6 +243,7 @@ def export(
         typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
         if done.note:
             typer.echo(f"note: {done.note}")
+    _conclude_release(done.folder, done.release)
     if done.verdict:
         _conclude(done.verdict, as_json)
 
@@ -246,16 +254,19 @@ def verify(
     reference: Annotated[str | None, typer.Option(help="The checkpoint it was made from, if it moved.")] = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an export with the checkpoint it was made from."""
-    from vlmq.exporter.pipeline import verify_folder
+    """Compare an export with the checkpoint it was made from, and have transformers load it."""
+    from vlmq.exporter.pipeline import load_elsewhere, verify_folder
 
     with _bars(as_json) as progress:
         verdict = verify_folder(folder, reference, data, max_drop, progress)
+        release = load_elsewhere(folder, progress) if gate else None
     if as_json:
         _print_json(_verdict_json(verdict))
     _conclude(verdict, as_json)
+    _conclude_release(folder, release)
 
 
 @app.command()
@@ -268,15 +279,18 @@ def convert(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: FOLDER-LAYOUT]")
     ] = None,
+    gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
     """Write an export in another layout, with the same codes, scales and zeros, bit for bit."""
     from vlmq.exporter.convert import convert as run_convert
 
     with _bars(as_json) as progress:
-        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress)
+        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress, gate)
     if as_json:
-        _print_json({"folder": str(done.folder), "note": done.note})
+        misses = list(done.release.misses) if done.release else []
+        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
+        _conclude_release(done.folder, done.release)
         return
     from vlmq.formats.manifest import sizes
 
@@ -287,6 +301,7 @@ def convert(
     )
     if done.note:
         typer.echo(f"note: {done.note}")
+    _conclude_release(done.folder, done.release)
 
 
 @app.command()
@@ -363,6 +378,7 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the export would be written.")] = Path("out"),
     format: Format = None,
     samples: NumberOfSamples = 128,
+    gate: Gate = True,
     verify: Verify = True,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -374,7 +390,7 @@ def plan(
     from vlmq.exporter.planning.plan import as_dict, refuse
 
     formats = format or consumers.formats(recipe.consumer)
-    request = Request(model, output, recipe, revision, formats=formats, samples=samples, verify=verify)
+    request = Request(model, output, recipe, revision, formats=formats, samples=samples, verify=verify, gate=gate)
     found = planned(request)
     if as_json:
         _print_json(as_dict(found))
@@ -513,6 +529,17 @@ def _conclude(verdict: "Verdict", as_json: bool) -> None:
     for miss in verdict.misses:
         typer.echo(f"vlmq: {miss}", err=True)
     if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _conclude_release(folder: Path, release: "Release | None") -> None:
+    """What transformers made of an export: nothing where it is as it must be; else one line and exit 1."""
+    if release is None:
+        return
+    if release.why_not:
+        typer.echo(f"note: not loaded to check it: {release.why_not}", err=True)
+    if not release.ok:
+        typer.echo(f"vlmq: {folder}: failed the release gate: {'; '.join(release.misses)}; it stays there", err=True)
         raise typer.Exit(1)
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import vlmq
-from vlmq.exporter import consumers, ends, workers
+from vlmq.exporter import consumers, ends, release, workers
 from vlmq.exporter import data as datas
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
@@ -34,6 +34,7 @@ from vlmq.exporter.planning.workload import Workload
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.release import Release
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT, Samples, ids_sha256
@@ -52,7 +53,7 @@ class Request:
     """All that an export depends on.
 
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
-    fresh: begin anew where an earlier run was stopped.
+    fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
     """
 
     model: str
@@ -71,19 +72,22 @@ class Request:
     max_shard_bytes: int = MAX_SHARD_BYTES
     activation_memory: int = MEMORY
     fresh: bool = False
+    gate: bool = True
 
 
 @dataclass(frozen=True)
 class Exported:
     """The finished folder, what is in it, and whether it answers as the reference did (None: not asked).
 
-    note: what a person must know who loads it with transformers' own reader.
+    release: what transformers made of it (None: not asked, or no safetensors); where that is not as it must be, nothing
+    was verified. note: what a person must know who loads it with transformers' own reader.
     """
 
     folder: Path
     manifest: manifest.Manifest
     verdict: Verdict | None
     note: str | None
+    release: Release | None = None
 
 
 def export(
@@ -148,14 +152,23 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
                 _write_onnx(folder, folder, request.accuracy_level, progress)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
+    found = load_elsewhere(request.output, progress) if request.gate else None
     verdict = None
-    if data.evaluation:
+    if data.evaluation and (found is None or found.ok):
         verdict = verify(
             request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
         )
         report.write(verdict, request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
-    return Exported(request.output, made, verdict, note)
+    return Exported(request.output, made, verdict, note, found)
+
+
+def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
+    """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
+    progress("loading with transformers", 0, 1)
+    found = release.check(folder)
+    progress("loading with transformers", 1, 1)
+    return found
 
 
 def plan(request: Request) -> planning.Plan:
@@ -177,7 +190,7 @@ def _planned(
 ) -> planning.Plan:
     samples = _samples(request, assignment)
     formats, memory = request.formats, request.activation_memory
-    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory)
+    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate)
     return planning.plan(work, request.output)
 
 
