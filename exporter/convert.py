@@ -22,7 +22,7 @@ from vlmq.exporter.names import memory_names
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.release import Release
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import compressed_tensors, layouts, manifest
+from vlmq.formats import card, compressed_tensors, layouts, manifest
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.folder import staged
 from vlmq.formats.layouts import LAYOUTS, Layout
@@ -88,7 +88,9 @@ def convert(
             }
         )
         manifest.write(stage, done)
-    return Converted(output, done, _note(plan, model, linears, to), release.check(output) if gate else None)
+    found = release.check(output) if gate else None
+    card.write(output)
+    return Converted(output, done, _note(plan, model, linears, to), found)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

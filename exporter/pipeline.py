@@ -41,7 +41,7 @@ from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
-from vlmq.formats import compressed_tensors, manifest, onnx_graphs
+from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
@@ -159,6 +159,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
             request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
         )
         report.write(verdict, request.output)
+    card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
     return Exported(request.output, made, verdict, note, found)
 
@@ -167,6 +168,7 @@ def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
     """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
     progress("loading with transformers", 0, 1)
     found = release.check(folder)
+    card.write(folder)  # what was found is on it
     progress("loading with transformers", 1, 1)
     return found
 
@@ -222,6 +224,7 @@ def verify_folder(
     samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
     verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
     report.write(verdict, folder)
+    card.write(folder)
     return verdict
 
 
