@@ -305,6 +305,42 @@ def convert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that vlmq export or vlmq convert wrote.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository for your eyes only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder and list its files; push none.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it is not there.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The Hub's name of the source, for the card, where that was a folder.")
+    ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Push what was not verified, or failed; the card says so.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push an export to the Hugging Face Hub, with its card; given again, it goes on where it was stopped."""
+    from vlmq.formats.hub import push as run_push
+
+    with _bars(as_json) as progress:
+        done = run_push(folder, repository, private, dry_run, revision, allow_unverified, base_model, progress)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(done))
+        return
+    total = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:,.1f} MB"
+    if dry_run:
+        for name, size in done.files.items():
+            typer.echo(f"{size:>15,}  {name}")
+        typer.echo(f"{repository}: would be given {total}; nothing was pushed")
+    else:
+        typer.echo(f"{done.url}: has {total}, at commit {done.commit}")
+    for name in done.left:
+        typer.echo(f"note: {name} is not part of the export and is not pushed", err=True)
+
+
+@app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
     image: Annotated[Path, typer.Option(help="The picture.")],

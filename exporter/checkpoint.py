@@ -5,7 +5,8 @@ where each lies is known from the headers alone.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family, family_of
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import shards
+from vlmq.formats import hub, shards
 from vlmq.formats.errors import FormatError
+from vlmq.formats.manifest import FileRecord
 from vlmq.formats.shards import weight_files
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -185,9 +187,23 @@ def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | N
         raise VlmqError(f"{name}: has no revision {revision}; name a branch, a tag or a commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise VlmqError(missing) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError, hub.NetworkError) as error:
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(cause, HfHubHTTPError):
+            raise VlmqError(f"{name}: not a folder here, and {hub.in_words(cause)}") from error
         raise VlmqError(f"{name}: not a folder here, and the Hub cannot be reached; pass a local folder") from error
     return found, found.name  # a snapshot's folder is named after its commit
+
+
+def refuse_altered(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """VlmqError where a file that came from the Hub has not the sha256 that the Hub knows it by.
+
+    A downloaded large file lies in the Hub's cache under that name; huggingface_hub itself compares sizes alone.
+    """
+    for name, record in files.items():
+        stored = (folder / name).resolve()
+        if re.fullmatch("[0-9a-f]{64}", stored.name) and stored.name != record.sha256:
+            raise VlmqError(f"{folder / name}: came otherwise than the Hub has it; remove {stored} and run again")
 
 
 def _config(folder: Path) -> PretrainedConfig:

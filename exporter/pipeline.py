@@ -21,7 +21,7 @@ from vlmq.exporter import consumers, ends, release, workers
 from vlmq.exporter import data as datas
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
-from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint, refuse_altered
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
@@ -127,6 +127,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         request.verify,
     )
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
+    refuse_altered(checkpoint.folder, source.files)
     identity = _identity(request, checkpoint, source, data)
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,

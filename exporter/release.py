@@ -5,7 +5,6 @@ Every tensor must be found and every one used; every weight in memory must be th
 must be its. What was found is written as `release.json`. `release_worker.py` is the other end.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -96,12 +95,7 @@ def read(folder: Path) -> Release | None:
         release = Release(**{key: value for key, value in content.items() if key not in ("ok", "misses")})
     except (ValueError, TypeError, AttributeError):
         raise FormatError(f"{path}: not what vlmq writes; run vlmq verify {folder}") from None
-    return release if release.manifest_sha256 == identity(folder) else None
-
-
-def identity(folder: Path) -> str:
-    """sha256 of the manifest, which has that of every other file."""
-    return hashlib.sha256((folder / manifest.NAME).read_bytes()).hexdigest()
+    return release if release.manifest_sha256 == manifest.identity(folder) else None
 
 
 def why_not(folder: Path) -> str | None:
@@ -122,7 +116,7 @@ def why_not(folder: Path) -> str | None:
 def _run(folder: Path) -> Release:
     reason = why_not(folder)
     if reason:
-        return Release(identity(folder), why_not=reason)
+        return Release(manifest.identity(folder), why_not=reason)
     with tempfile.TemporaryDirectory(prefix="vlmq-release-") as work:
         # Like the `vlmq` script, and unlike a plain `python -m`, it imports nothing from the working directory.
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
@@ -136,5 +130,5 @@ def _run(folder: Path) -> Release:
             )
         if done.returncode or not found.is_file():
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            return Release(identity(folder), failure=f"transformers cannot load it: {last.strip()}")
-        return Release(identity(folder), **json.loads(found.read_text(encoding="utf-8")))
+            return Release(manifest.identity(folder), failure=f"transformers cannot load it: {last.strip()}")
+        return Release(manifest.identity(folder), **json.loads(found.read_text(encoding="utf-8")))

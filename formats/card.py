@@ -20,6 +20,7 @@ from vlmq.formats.manifest import Manifest
 
 NAME = "README.md"
 REPORT, RELEASE = "report.json", "release.json"
+HERE = "."  # the name of a folder that has none on the Hub yet
 PIPELINE = "image-text-to-text"
 TASK, TASK_NAME = "visual-question-answering", "Visual question answering"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,17 +43,19 @@ class Snippet:
 def write(folder: Path, name: str | None = None, base_model: str | None = None) -> Path:
     """Write README.md, and the plot where there is a report, into a folder that vlmq made.
 
-    name: what readers call it, `user/name` on the Hub. base_model: the Hub's name of a source that was a local folder.
+    name: what readers call it, `user/name` on the Hub; else the snippets run inside the folder. base_model: the Hub's
+    name of a source that was a local folder.
     FormatError where a file that the card is made from is broken.
     """
-    made, report, release = manifest.read(folder), _json(folder / REPORT), _json(folder / RELEASE)
+    made, report, release = manifest.read(folder), read_json(folder / REPORT), read_json(folder / RELEASE)
     plot = card_plot.draw(report, folder) if report else None
     path = folder / NAME
-    path.write_text(render(made, report, release, name or folder.name, base_model, plot), encoding="utf-8")
+    path.write_text(render(made, report, release, name or HERE, base_model, plot), encoding="utf-8")
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of measurements; empty where it is absent."""
     if not path.is_file():
         return {}
     try:
@@ -76,11 +79,13 @@ def render(
     on_hub = base_model or (made.source.name if made.source.revision and HUB_ID.fullmatch(made.source.name) else None)
     revision = f" at revision `{made.source.revision}`" if made.source.revision and not base_model else ""
     base = f"[{on_hub}](https://huggingface.co/{on_hub}){revision}" if on_hub else f"`{Path(made.source.name).name}`"
+    # not the folder's name: the same export is the same bytes wherever it lies
+    title = f"{Path(made.source.name).name}, {_bits(made)} bits" if name == HERE else name.rpartition("/")[2]
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
-        front=front_matter(made, report, name, on_hub).to_yaml().strip(),
-        title=name.rpartition("/")[2],
+        front=front_matter(made, report, title, on_hub).to_yaml().strip(),
+        title=title,
         base=base,
         made=made,
         summary=_summary(made),
@@ -95,7 +100,7 @@ def render(
     )
 
 
-def front_matter(made: Manifest, report: Mapping[str, Any], name: str, base_model: str | None) -> ModelCardData:
+def front_matter(made: Manifest, report: Mapping[str, Any], title: str, base_model: str | None) -> ModelCardData:
     """The YAML between the dashes; model-index results where answers were scored."""
     safetensors = _has_safetensors(made)
     stored = sorted({entry.stored for entry in made.tensors.values()} - {manifest.DENSE})
@@ -117,7 +122,7 @@ def front_matter(made: Manifest, report: Mapping[str, Any], name: str, base_mode
             metric_value=round(overall["export"], 2),
         )
     ]
-    said: dict[str, Any] = {"model_name": name.rpartition("/")[2], "eval_results": results} if results else {}
+    said: dict[str, Any] = {"model_name": title, "eval_results": results} if results else {}
     if base_model:
         said |= {"base_model": base_model, "base_model_relation": "quantized"}
     library = "transformers" if safetensors else "onnx"

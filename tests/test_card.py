@@ -175,10 +175,10 @@ def test_every_export_has_a_card_whose_snippets_run(variant, tiny_folders, tmp_p
     codes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(codes) == 2
     assert ("decompress_model" in codes[0]) == bool(rules)
-    Image.effect_noise((20, 20), 60).save(tmp_path / "picture.png")
+    Image.effect_noise((20, 20), 60).save(tmp_path / "out" / "picture.png")
     said = []
     for code in codes:
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(done.stdout.strip())
     assert said[1]

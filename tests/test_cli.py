@@ -17,7 +17,7 @@ from vlmq.exporter.recipe import make_recipe
 
 @pytest.mark.parametrize(
     "command",
-    ["export", "verify", "convert", "run", "inspect", "plan", "importance", "recipe", "recipe show"],
+    ["export", "verify", "convert", "push", "run", "inspect", "plan", "importance", "recipe", "recipe show"],
 )
 def test_help_loads_nothing_that_takes_time(command):
     code = (
