@@ -161,9 +161,20 @@ def open_checkpoint(name: str, revision: str | None = None, weights: bool = True
         raise VlmqError(
             f"{folder}: {absent[0]} and {len(absent) - 1} more tensors are absent; get the checkpoint again"
         )
-    return Checkpoint(
-        name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()}
-    )
+    places = {names[disk]: Place(file, disk) for disk, (file, _) in on_disk.items()}
+    _refuse_shapes(folder, model, {names[disk]: shape for disk, (_, shape) in on_disk.items()})
+    return Checkpoint(name, folder, config, family, revision, places)
+
+
+def _refuse_shapes(folder: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """VlmqError for the first tensor of another shape than config.json describes."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = shapes.get(name, tuple(parameter.shape))
+        if found != tuple(parameter.shape):
+            raise VlmqError(
+                f"{folder}: {name} has shape {found} where config.json describes {tuple(parameter.shape)}; "
+                "get the checkpoint again"
+            )
 
 
 def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -226,8 +237,8 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _headers(folder: Path) -> dict[str, Path]:
-    """On-disk tensor name -> file, from the headers; a truncated file is found here, before any work."""
+def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """On-disk tensor name -> file and shape, from the headers; a truncated file is found here, before any work."""
     files = weight_files(folder)
     if not files:
         pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
@@ -240,7 +251,7 @@ def _headers(folder: Path) -> dict[str, Path]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                on_disk.update(dict.fromkeys(opened.keys(), file))
+                on_disk.update({name: (file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise VlmqError(f"{file}: not a whole safetensors file ({error}); get it again") from error
     return on_disk
