@@ -88,8 +88,10 @@ def convert(
             }
         )
         manifest.write(stage, done)
+        card.write(stage)
     found = release.check(output) if gate else None
-    card.write(output)
+    if found:
+        card.write(output)
     return Converted(output, done, _note(plan, model, linears, to), found)
 
 

@@ -153,6 +153,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
                 _write_onnx(folder, folder, request.accuracy_level, progress)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
+        card.write(folder)  # of what is known by then; written again when more was measured
     found = load_elsewhere(request.output, progress) if request.gate else None
     verdict = None
     if data.evaluation and (found is None or found.ok):
@@ -160,7 +161,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
             request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
         )
         report.write(verdict, request.output)
-    card.write(request.output)
+        card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
     return Exported(request.output, made, verdict, note, found)
 
@@ -169,7 +170,8 @@ def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
     """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
     progress("loading with transformers", 0, 1)
     found = release.check(folder)
-    card.write(folder)  # what was found is on it
+    if found:
+        card.write(folder)  # what was found is on it
     progress("loading with transformers", 1, 1)
     return found
 

@@ -50,7 +50,9 @@ def write(folder: Path, name: str | None = None, base_model: str | None = None) 
     made, report, release = manifest.read(folder), read_json(folder / REPORT), read_json(folder / RELEASE)
     plot = card_plot.draw(report, folder) if report else None
     path = folder / NAME
-    path.write_text(render(made, report, release, name or HERE, base_model, plot), encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(render(made, report, release, name or HERE, base_model, plot), encoding="utf-8")
+    part.replace(path)  # whole or as it was
     return path
 
 
