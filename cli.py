@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmq.exporter.inspection import Inspection
     from vlmq.exporter.planning.plan import Plan
     from vlmq.exporter.recipe import Recipe
+    from vlmq.exporter.release import Release
     from vlmq.exporter.search.importance import Importance
 
 HELPS = os.environ.get("RANK", "0") != "0"  # under torchrun: the first worker says what there is to say
@@ -53,13 +54,19 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(help="Points of accuracy that may be lost; else exit 1.  \\[default: 2 from 4 bits on]"),
 ]
-Format = Annotated[Literal["safetensors", "onnx", "both"], typer.Option(help="What to write.")]
+Format = Annotated[
+    Literal["safetensors", "onnx", "both"] | None,
+    typer.Option(help="What to write.  \\[default: what the consumer reads; both]"),
+]
 NumberOfSamples = Annotated[int, typer.Option(help="How many samples to calibrate on.")]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare the export's answers with the reference's.")
 ]
 ActivationMemory = Annotated[
     str, typer.Option(help="Hidden states that wait in memory; more wait on the disk.", metavar="SIZE")
+]
+Gate = Annotated[
+    bool, typer.Option("--gate/--no-gate", help="Load what is written with transformers; exit 1 where it differs.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
@@ -112,6 +119,10 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         vision_method: Annotated[str | None, typer.Option(help="Method of the vision encoder.")] = None,
         connector_method: Annotated[str | None, typer.Option(help="Method of the Q-Former or projector.")] = None,
         language_method: Annotated[str | None, typer.Option(help="Method of the language model.")] = None,
+        consumer: Annotated[
+            Literal["any", "transformers", "vllm", "onnxruntime"] | None,
+            typer.Option(help="Who is to load it; what that cannot take quantized is left alone.  \\[default: any]"),
+        ] = None,
         **others: Any,
     ) -> None:
         made = _recipe(
@@ -126,6 +137,7 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
                 "indivisible": indivisible,
                 "qkv": qkv,
                 "rotate": rotate or None,
+                "consumer": consumer,
                 "components": {
                     "vision": {"bits": vision_bits, "method": vision_method},
                     "connector": {"bits": connector_bits, "method": connector_method},
@@ -161,7 +173,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: MODEL-METHOD-wBITS]")
     ] = None,
-    format: Format = "both",
+    format: Format = None,
     accuracy_level: Annotated[
         Literal["0", "4"], typer.Option(help="onnxruntime's products: 0 in float32, 4 in int8 (faster, less exact).")
     ] = "0",
@@ -172,6 +184,7 @@ def export(
     samples: NumberOfSamples = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     text_only: Annotated[bool, typer.Option("--text-only", help="Allow samples without an image.")] = False,
+    gate: Gate = True,
     verify: Verify = True,
     data: Data = None,
     max_drop: MaxDrop = None,
@@ -185,6 +198,7 @@ def export(
 
     A run that was stopped, however it was, goes on where it was when the same command is given again.
     """
+    from vlmq.exporter import consumers
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import export as run_export
 
@@ -197,7 +211,7 @@ def export(
         output=name,
         recipe=recipe,
         revision=revision,
-        formats=format,
+        formats=format or consumers.formats(recipe.consumer),
         accuracy_level=int(accuracy_level),
         calibration=calibration,
         samples=samples,
@@ -209,14 +223,16 @@ def export(
         max_shard_bytes=_bytes(max_shard_size, "--max-shard-size"),
         activation_memory=_bytes(activation_memory, "--activation-memory"),
         fresh=fresh,
+        gate=gate,
     )
     with _kept_to_go_on(name), _bars(as_json) as progress:
-        done = run_export(request, progress)
+        done = run_export(request, progress, _note)
     if done is None:
         return
     if as_json:
         verdict = done.verdict and _verdict_json(done.verdict)
-        _print_json({"folder": str(done.folder), "note": done.note, "verdict": verdict})
+        misses = list(done.release.misses) if done.release else []
+        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
     else:
         from vlmq.formats.manifest import sizes
 
@@ -230,6 +246,7 @@ def export(
         typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
         if done.note:
             typer.echo(f"note: {done.note}")
+    _conclude_release(done.folder, done.release)
     if done.verdict:
         _conclude(done.verdict, as_json)
 
@@ -240,16 +257,19 @@ def verify(
     reference: Annotated[str | None, typer.Option(help="The checkpoint it was made from, if it moved.")] = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an export with the checkpoint it was made from."""
-    from vlmq.exporter.pipeline import verify_folder
+    """Compare an export with the checkpoint it was made from, and have transformers load it."""
+    from vlmq.exporter.pipeline import load_elsewhere, verify_folder
 
     with _bars(as_json) as progress:
         verdict = verify_folder(folder, reference, data, max_drop, progress)
+        release = load_elsewhere(folder, progress) if gate else None
     if as_json:
         _print_json(_verdict_json(verdict))
     _conclude(verdict, as_json)
+    _conclude_release(folder, release)
 
 
 @app.command()
@@ -262,15 +282,18 @@ def convert(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.  \\[default: FOLDER-LAYOUT]")
     ] = None,
+    gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
     """Write an export in another layout, with the same codes, scales and zeros, bit for bit."""
     from vlmq.exporter.convert import convert as run_convert
 
     with _bars(as_json) as progress:
-        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress)
+        done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress, gate)
     if as_json:
-        _print_json({"folder": str(done.folder), "note": done.note})
+        misses = list(done.release.misses) if done.release else []
+        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
+        _conclude_release(done.folder, done.release)
         return
     from vlmq.formats.manifest import sizes
 
@@ -281,6 +304,43 @@ def convert(
     )
     if done.note:
         typer.echo(f"note: {done.note}")
+    _conclude_release(done.folder, done.release)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that vlmq export or vlmq convert wrote.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository for your eyes only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder and list its files; push none.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it is not there.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The Hub's name of the source, for the card, where that was a folder.")
+    ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Push what was not verified, or failed; the card says so.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push an export to the Hugging Face Hub, with its card; given again, it goes on where it was stopped."""
+    from vlmq.formats.hub import push as run_push
+
+    with _bars(as_json) as progress:
+        done = run_push(folder, repository, private, dry_run, revision, allow_unverified, base_model, progress)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(done))
+        return
+    total = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:,.1f} MB"
+    if dry_run:
+        for name, size in done.files.items():
+            typer.echo(f"{size:>15,}  {name}")
+        typer.echo(f"{repository}: would be given {total}; nothing was pushed")
+    else:
+        typer.echo(f"{done.url}: has {total}, at commit {done.commit}")
+    for name in done.left:
+        typer.echo(f"note: {name} is not part of the export and is not pushed", err=True)
 
 
 @app.command()
@@ -429,21 +489,33 @@ def plan(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the export would be written.")] = Path("out"),
-    format: Format = "both",
+    format: Format = None,
     samples: NumberOfSamples = 128,
+    gate: Gate = True,
     verify: Verify = True,
     activation_memory: ActivationMemory = "1GiB",
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what an export would make, and what memory and disk it would take; a config is enough. Exit 2: too much."""
+    from vlmq.exporter import consumers
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import plan as planned
     from vlmq.exporter.planning.plan import as_dict, refuse
 
-    waiting = _bytes(activation_memory, "--activation-memory")
+    formats, waiting = format or consumers.formats(recipe.consumer), _bytes(activation_memory, "--activation-memory")
     found = planned(
-        Request(model, output, recipe, revision, format, samples=samples, verify=verify, activation_memory=waiting)
+        Request(
+            model,
+            output,
+            recipe,
+            revision,
+            formats,
+            samples=samples,
+            verify=verify,
+            gate=gate,
+            activation_memory=waiting,
+        )
     )
     if as_json:
         _print_json(as_dict(found))
@@ -560,6 +632,11 @@ def _kept_to_go_on(output: Path) -> Iterator[None]:
         raise
 
 
+def _note(line: str) -> None:
+    if not HELPS:
+        typer.echo(f"note: {line}", err=True)
+
+
 def _verdict_json(verdict: "Verdict") -> dict[str, object]:
     from vlmq.exporter.evaluation.report import as_dict
 
@@ -577,6 +654,17 @@ def _conclude(verdict: "Verdict", as_json: bool) -> None:
     for miss in verdict.misses:
         typer.echo(f"vlmq: {miss}", err=True)
     if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _conclude_release(folder: Path, release: "Release | None") -> None:
+    """What transformers made of an export: nothing where it is as it must be; else one line and exit 1."""
+    if release is None:
+        return
+    if release.why_not:
+        typer.echo(f"note: not loaded to check it: {release.why_not}", err=True)
+    if not release.ok:
+        typer.echo(f"vlmq: {folder}: failed the release gate: {'; '.join(release.misses)}; it stays there", err=True)
         raise typer.Exit(1)
 
 

@@ -5,7 +5,8 @@ where each lies is known from the headers alone.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family, family_of
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import shards
+from vlmq.formats import hub, shards
 from vlmq.formats.errors import FormatError
+from vlmq.formats.manifest import FileRecord
 from vlmq.formats.shards import weight_files
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -159,9 +161,20 @@ def open_checkpoint(name: str, revision: str | None = None, weights: bool = True
         raise VlmqError(
             f"{folder}: {absent[0]} and {len(absent) - 1} more tensors are absent; get the checkpoint again"
         )
-    return Checkpoint(
-        name, folder, config, family, revision, {names[disk]: Place(file, disk) for disk, file in on_disk.items()}
-    )
+    places = {names[disk]: Place(file, disk) for disk, (file, _) in on_disk.items()}
+    _refuse_shapes(folder, model, {names[disk]: shape for disk, (_, shape) in on_disk.items()})
+    return Checkpoint(name, folder, config, family, revision, places)
+
+
+def _refuse_shapes(folder: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """VlmqError for the first tensor of another shape than config.json describes."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = shapes.get(name, tuple(parameter.shape))
+        if found != tuple(parameter.shape):
+            raise VlmqError(
+                f"{folder}: {name} has shape {found} where config.json describes {tuple(parameter.shape)}; "
+                "get the checkpoint again"
+            )
 
 
 def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -185,9 +198,23 @@ def _find(name: str, revision: str | None, weights: bool) -> tuple[Path, str | N
         raise VlmqError(f"{name}: has no revision {revision}; name a branch, a tag or a commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise VlmqError(missing) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError, hub.NetworkError) as error:
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(cause, HfHubHTTPError):
+            raise VlmqError(f"{name}: not a folder here, and {hub.in_words(cause)}") from error
         raise VlmqError(f"{name}: not a folder here, and the Hub cannot be reached; pass a local folder") from error
     return found, found.name  # a snapshot's folder is named after its commit
+
+
+def refuse_altered(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """VlmqError where a file that came from the Hub has not the sha256 that the Hub knows it by.
+
+    A downloaded large file lies in the Hub's cache under that name; huggingface_hub itself compares sizes alone.
+    """
+    for name, record in files.items():
+        stored = (folder / name).resolve()
+        if re.fullmatch("[0-9a-f]{64}", stored.name) and stored.name != record.sha256:
+            raise VlmqError(f"{folder / name}: came otherwise than the Hub has it; remove {stored} and run again")
 
 
 def _config(folder: Path) -> PretrainedConfig:
@@ -210,8 +237,8 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _headers(folder: Path) -> dict[str, Path]:
-    """On-disk tensor name -> file, from the headers; a truncated file is found here, before any work."""
+def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """On-disk tensor name -> file and shape, from the headers; a truncated file is found here, before any work."""
     files = weight_files(folder)
     if not files:
         pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
@@ -224,7 +251,7 @@ def _headers(folder: Path) -> dict[str, Path]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                on_disk.update(dict.fromkeys(opened.keys(), file))
+                on_disk.update({name: (file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise VlmqError(f"{file}: not a whole safetensors file ({error}); get it again") from error
     return on_disk

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import vlmq
-from vlmq.exporter import ends
+from vlmq.exporter import ends, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.progress import Progress
+from vlmq.exporter.release import Release
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import compressed_tensors, layouts, manifest
+from vlmq.formats import card, compressed_tensors, layouts, manifest
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.folder import staged
 from vlmq.formats.layouts import LAYOUTS, Layout
@@ -34,15 +35,25 @@ PREFIXLESS = "vision_model"  # vLLM builds BLIP-2's vision tower without this na
 
 @dataclass(frozen=True)
 class Converted:
-    """The finished folder and what is in it; note: what a person must know who loads it with other readers."""
+    """The finished folder and what is in it; note: what a person must know who loads it with other readers.
+
+    release: what transformers made of it, where it was asked.
+    """
 
     folder: Path
     manifest: manifest.Manifest
     note: str | None
+    release: Release | None = None
 
 
-def convert(folder: Path, to: str, output: Path, progress: Progress = lambda what, done, of: None) -> Converted:
-    """Write `folder`, an export, to `output` in the layout `to`, one of LAYOUTS.
+def convert(
+    folder: Path,
+    to: str,
+    output: Path,
+    progress: Progress = lambda what, done, of: None,
+    gate: bool = True,
+) -> Converted:
+    """Write `folder`, an export, to `output` in the layout `to`, one of LAYOUTS. gate: have transformers load it.
 
     VlmqError or FormatError in one line, and nothing is left behind: before anything is written where the folder is not
     as its manifest says or the layout cannot hold its grids, later where it cannot hold the value of a scale or a zero.
@@ -77,7 +88,11 @@ def convert(folder: Path, to: str, output: Path, progress: Progress = lambda wha
             }
         )
         manifest.write(stage, done)
-    return Converted(output, done, _note(plan, model, linears, to))
+        card.write(stage)
+    found = release.check(output) if gate else None
+    if found:
+        card.write(output)
+    return Converted(output, done, _note(plan, model, linears, to), found)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

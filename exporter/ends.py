@@ -56,7 +56,7 @@ def plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Walk:
     if not embedding:
         return found
     kept = found.kept | ({ends.head: "reads the quantized token embedding it is tied to"} if ends.tied else {})
-    return Walk(((_embedding(model, ends.embedding),), *found.stages), kept)
+    return replace(found, stages=((_embedding(model, ends.embedding),), *found.stages), kept=kept)
 
 
 def _refuse_unlike(ends: Ends, recipe: Recipe, head: bool, embedding: bool) -> None:

@@ -4,7 +4,7 @@ checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -17,11 +17,11 @@ import transformers
 from torch import nn
 
 import vlmq
+from vlmq.exporter import consumers, ends, release, workers
 from vlmq.exporter import data as datas
-from vlmq.exporter import ends, workers
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
-from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint, refuse_altered
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
@@ -34,13 +34,14 @@ from vlmq.exporter.planning.workload import Workload
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.release import Release
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
-from vlmq.formats import compressed_tensors, manifest, onnx_graphs
+from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
@@ -52,7 +53,7 @@ class Request:
     """All that an export depends on.
 
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
-    fresh: begin anew where an earlier run was stopped.
+    fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
     """
 
     model: str
@@ -71,32 +72,42 @@ class Request:
     max_shard_bytes: int = MAX_SHARD_BYTES
     activation_memory: int = MEMORY
     fresh: bool = False
+    gate: bool = True
 
 
 @dataclass(frozen=True)
 class Exported:
     """The finished folder, what is in it, and whether it answers as the reference did (None: not asked).
 
-    note: what a person must know who loads it with transformers' own reader.
+    release: what transformers made of it (None: not asked, or no safetensors); where that is not as it must be, nothing
+    was verified. note: what a person must know who loads it with transformers' own reader.
     """
 
     folder: Path
     manifest: manifest.Manifest
     verdict: Verdict | None
     note: str | None
+    release: Release | None = None
 
 
-def export(request: Request, progress: Progress = lambda what, done, of: None) -> Exported | None:
+def export(
+    request: Request,
+    progress: Progress = lambda what, done, of: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Exported | None:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone.
+
+    tell: is given a line, before the work, for each thing that the recipe's consumer takes in full precision alone.
 
     None on a worker that torchrun started beside the first: that one alone writes and verifies.
     """
     with workers.together():
-        return _export(request, progress)
+        return _export(request, progress, tell)
 
 
-def _export(request: Request, progress: Progress) -> Exported | None:
+def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -> Exported | None:
     refuse_place(request.output)
+    consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
@@ -104,6 +115,8 @@ def _export(request: Request, progress: Progress) -> Exported | None:
     refuse_for_format(assignment, request.formats)
     refuse_for_workers(assignment)
     planning.refuse(_planned(request, checkpoint, model, plan, assignment))
+    for line in assignment.told:
+        tell(line)
     data = datas.choose(
         checkpoint,
         request.calibration,
@@ -114,6 +127,7 @@ def _export(request: Request, progress: Progress) -> Exported | None:
         request.verify,
     )
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
+    refuse_altered(checkpoint.folder, source.files)
     identity = _identity(request, checkpoint, source, data)
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
@@ -130,23 +144,36 @@ def _export(request: Request, progress: Progress) -> Exported | None:
         folder = staging.enter_context(staged(request.output))
         if request.formats == "onnx":
             with TemporaryDirectory(dir=folder) as beside:
-                written = _write_safetensors(checkpoint, blocks, assignment, Path(beside), request.max_shard_bytes)
+                written = _write_safetensors(request, checkpoint, blocks, assignment, Path(beside))
                 _write_onnx(Path(beside), folder, request.accuracy_level, progress)
             copy_companions(checkpoint.folder, folder, changes=checkpoint.changes)
         else:
-            written = _write_safetensors(checkpoint, blocks, assignment, folder, request.max_shard_bytes)
+            written = _write_safetensors(request, checkpoint, blocks, assignment, folder)
             if request.formats == "both":
                 _write_onnx(folder, folder, request.accuracy_level, progress)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
+        card.write(folder)  # of what is known by then; written again when more was measured
+    found = load_elsewhere(request.output, progress) if request.gate else None
     verdict = None
-    if data.evaluation:
+    if data.evaluation and (found is None or found.ok):
         verdict = verify(
             request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
         )
         report.write(verdict, request.output)
+        card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
-    return Exported(request.output, made, verdict, note)
+    return Exported(request.output, made, verdict, note, found)
+
+
+def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
+    """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
+    progress("loading with transformers", 0, 1)
+    found = release.check(folder)
+    if found:
+        card.write(folder)  # what was found is on it
+    progress("loading with transformers", 1, 1)
+    return found
 
 
 def plan(request: Request) -> planning.Plan:
@@ -154,6 +181,7 @@ def plan(request: Request) -> planning.Plan:
 
     VlmqError for a recipe that is not meant for the model, or that the formats cannot hold.
     """
+    consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision, weights=False), request.recipe.rotate)
     model = checkpoint.skeleton()
     walk = ends.plan(checkpoint, model, request.recipe)
@@ -167,7 +195,7 @@ def _planned(
 ) -> planning.Plan:
     samples = _samples(request, assignment)
     formats, memory = request.formats, request.activation_memory
-    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory)
+    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate)
     return planning.plan(work, request.output)
 
 
@@ -199,6 +227,7 @@ def verify_folder(
     samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
     verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
     report.write(verdict, folder)
+    card.write(folder)
     return verdict
 
 
@@ -235,11 +264,12 @@ def _calibration(
 
 
 def _write_safetensors(
-    checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path, max_shard_bytes: int
+    request: Request, checkpoint: Checkpoint, blocks: Iterable[QuantizedBlock], assignment: Assignment, folder: Path
 ) -> Written:
-    written = write_weights(checkpoint, blocks, folder, max_shard_bytes)
+    written = write_weights(checkpoint, blocks, folder, request.max_shard_bytes)
     kept = {*assignment.kept, *(set(assignment.schemes) - set(written.grids))}
-    config = compressed_tensors.quantization_config(written.grids, kept)
+    aliases = consumers.aliases(request.recipe.consumer, {*written.grids, *kept})
+    config = compressed_tensors.quantization_config(written.grids, kept, aliases)
     copy_companions(checkpoint.folder, folder, config, checkpoint.changes)
     return written
 

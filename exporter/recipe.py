@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from vlmq.exporter import mmq
+from vlmq.exporter import consumers, mmq
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Component
 from vlmq.exporter.methods.registry import METHODS
@@ -51,10 +51,14 @@ Qkv = Literal["fused", "split", "v-only", "skip"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """A scheme for every site that is quantized, and a reason for every linear that is not."""
+    """A scheme for every site that is quantized, and a reason for every linear that is not.
+
+    told: a line for each thing that is left alone for the sake of the consumer.
+    """
 
     schemes: dict[str, Scheme]
     kept: dict[str, str]
+    told: tuple[str, ...] = ()
 
 
 class Recipe(Settings):
@@ -73,6 +77,7 @@ class Recipe(Settings):
     rules: tuple[Rule, ...] = ()
     head: Settings | None = None  # the output head; None: left alone
     embedding: Table | None = None  # the token embedding; None: left alone
+    consumer: consumers.Name = "any"  # who is to load it: what that one cannot take quantized is left alone
 
     def content(self) -> dict[str, Any]:
         """Plain values that `make_recipe` reads back to this recipe, in full; null is what is left alone."""
@@ -91,9 +96,11 @@ class Recipe(Settings):
         }
         self._check_selectors(walk, thirds)
         schemes: dict[str, Scheme] = {}
+        left = consumers.left_alone(self.consumer, walk)
+        self._refuse_in_vain(walk, thirds, left)
         kept = dict(walk.kept)
         for site in walk.sites:
-            found = self._scheme(site, thirds[site.name])
+            found = left.get(site.name) or self._scheme(site, thirds[site.name])
             if isinstance(found, str):
                 kept[site.name] = found
             else:
@@ -104,10 +111,11 @@ class Recipe(Settings):
                 "component bits of its own"
             )
         _refuse_two_scales(walk, schemes)
+        consumers.refuse(self.consumer, walk, schemes)
         wanted = any(place.activations and place.activations.bits is None for place in self._all_settings())
         if wanted and not any(scheme.inputs for scheme in schemes.values()):
             raise VlmqError("recipe: activations without bits; give --activation-bits 8, 6 or 4")
-        return Assignment(schemes, kept)
+        return Assignment(schemes, kept, tuple(consumers.told(left, walk.sites)))
 
     def _check_selectors(self, walk: Walk, thirds: dict[str, Third]) -> None:
         present = {site.component for site in walk.sites}
@@ -118,6 +126,23 @@ class Recipe(Settings):
             if not any(rule.selects(site, thirds[site.name]) for site in walk.sites):
                 said = ", ".join(f"{key} {value!r}" for key, value in rule.selectors.items())
                 raise VlmqError(f"recipe: the rule {said} matches no linear; `vlmq inspect` lists their names")
+
+    def _refuse_in_vain(self, walk: Walk, thirds: dict[str, Third], left: dict[str, str]) -> None:
+        """VlmqError for settings of a component, or a rule, that ask for something of linears all left alone."""
+        places: list[tuple[str, Settings, list[str]]] = [
+            (f"components.{component}", said, [site.name for site in walk.sites if site.component == component])
+            for component, said in self.components.items()
+        ]
+        for index, rule in enumerate(self.rules):
+            selected = [site.name for site in walk.sites if rule.selects(site, thirds[site.name])]
+            places.append((f"rules.{index}", rule, selected))
+        for place, said, names in places:
+            asks = said.bits != FULL and any(getattr(said, key) is not None for key in Settings.model_fields)
+            if asks and all(name in left for name in names):
+                raise VlmqError(
+                    f"recipe: {place}: of what it says nothing would be done: {left[names[0]]}; leave it out, or "
+                    f"choose another --consumer than {self.consumer}"
+                )
 
     def _scheme(self, site: Site, third: Third) -> Scheme | str:
         """The site's scheme, or the reason it is kept in full precision."""

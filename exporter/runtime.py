@@ -256,7 +256,11 @@ def _session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; warnings are about the machine, not the model
-    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own have no other base: missing or short external data, a broken graph
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise VlmqError(f"{path}: onnxruntime cannot load it ({what}); copy the whole folder again") from error
 
 
 def _graph(folder: Path, name: str) -> Path:

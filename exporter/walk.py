@@ -69,6 +69,7 @@ class Walk:
 
     stages: tuple[tuple[Block, ...], ...]
     kept: dict[str, str]
+    family: str = ""  # whose table was read
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -92,7 +93,7 @@ def walk(model: nn.Module, family: Family) -> Walk:
         blocks = tuple(_block(name, index, stage, linears) for index, name in enumerate(names[:live]))
         _check_table(stage, blocks)
         stages.append(blocks)
-    found = Walk(tuple(stages), kept)
+    found = Walk(tuple(stages), kept, family.name)
     missed = sorted(set(linears) - {site.name for site in found.sites} - set(kept))
     if missed:
         raise VlmqError(

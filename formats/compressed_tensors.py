@@ -134,24 +134,31 @@ def packed_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2, input
     )
 
 
-def quantization_config(sites: Mapping[str, Grids], kept: Iterable[str]) -> dict:
+def quantization_config(
+    sites: Mapping[str, Grids], kept: Iterable[str], aliases: Mapping[str, Iterable[str]] | None = None
+) -> dict:
     """What config.json says under `quantization_config`.
 
     sites: the grids of every quantized linear; kept: the linears that are not. Both by their names IN MEMORY: readers
-    match `targets` and `ignore` on those, and on-disk names silently give random weights.
+    match `targets` and `ignore` on those, and on-disk names silently give random weights. aliases: what readers that
+    name modules in another way call them; they are matched by those names as well.
 
     With one grid the config asks for dense weights at load (`dequantize`): without it transformers fails on
     asymmetric weights, and where `generate()` is called before any forward. With several grids that key would apply
     the first one to every linear, and with any it leaves inputs as they are: so it is left out with several, and where
     inputs are rounded and can be. `caveat` says what follows.
     """
+
+    def named(names: Iterable[str]) -> set[str]:
+        return {alias for name in names for alias in (name, *(aliases or {}).get(name, ()))}
+
     modules: dict[_Pair, list[str]] = defaultdict(list)
     for name, grids in sorted(sites.items()):
         modules[_pair(grids)].append(name)
     kept = sorted(kept)
     groups = {
         f"group_{index}": {
-            "targets": patterns(names, set(sites) - set(names) | set(kept)),
+            "targets": patterns(sorted(named(names)), named(set(sites) - set(names) | set(kept))),
             "weights": _weights(weight),
             "input_activations": None if inputs is None else _inputs(inputs),
             "output_activations": None,
@@ -165,12 +172,37 @@ def quantization_config(sites: Mapping[str, Grids], kept: Iterable[str]) -> dict
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": patterns(kept, set(sites)),
+        "ignore": patterns(sorted(named(kept)), named(sites)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
     dense = len(modules) == 1 and all(inputs is None or not weight.symmetric for weight, inputs in modules)
     return config | {"dequantize": True} if dense else config
+
+
+UNPACK = "model.hf_quantizer.compressor.decompress_model(model)"  # the line that readers of several grids need
+
+
+def is_packed_in_transformers(sites: Mapping[str, Grids]) -> bool:
+    """Whether transformers leaves the weights packed until UNPACK, or the first forward, and not as it loads them.
+
+    `generate()` of BLIP-2, and of LLaVA with a packed vision tower, reads them before any forward and fails.
+    """
+    return len({_pair(grids) for grids in sites.values()}) > 1 or any(grids.inputs for grids in sites.values())
+
+
+def unloadable(sites: Mapping[str, Grids], embedding: str | None = None) -> str | None:
+    """Why transformers' own `from_pretrained` cannot load such a folder, or not as it was verified; None: it can."""
+    several = len({_pair(grids) for grids in sites.values()}) > 1
+    rounded = any(grids.inputs is not None for grids in sites.values())
+    asymmetric = not all(grids.weight.symmetric for grids in sites.values())
+    if embedding in sites and (several or rounded):
+        return "transformers cannot load a packed embedding beside another grid or rounded inputs"
+    if several and asymmetric:
+        return "transformers cannot load several grids of which some are asymmetric"
+    if rounded and asymmetric:
+        return "transformers rounds no inputs where weights are asymmetric"
+    return None
 
 
 def caveat(sites: Mapping[str, Grids], embedding: str | None = None) -> str | None:
@@ -179,19 +211,13 @@ def caveat(sites: Mapping[str, Grids], embedding: str | None = None) -> str | No
 
     Seen in transformers 5.24 with compressed-tensors 0.20; `vlmq.exporter.load.load` has no such limits.
     """
-    several = len({_pair(grids) for grids in sites.values()}) > 1
     rounded = [(grids.inputs, grids.limits) for grids in sites.values() if grids.inputs is not None]
     dynamic = [inputs for inputs, _ in rounded if inputs.group != TENSOR]
-    asymmetric = not all(grids.weight.symmetric for grids in sites.values())
-    if embedding in sites and (several or rounded):
-        return "transformers cannot load a packed embedding beside another grid or rounded inputs; use vlmq"
-    if several and asymmetric:
-        return "transformers cannot load several grids of which some are asymmetric; use vlmq, or --symmetric"
-    if rounded and asymmetric:
-        return "transformers rounds no inputs where weights are asymmetric; use vlmq, or --symmetric"
+    if why := unloadable(sites, embedding):
+        return f"{why}; use vlmq{'' if embedding in sites else ', or --symmetric'}"
     notes = []
-    if several or rounded:
-        notes.append("in transformers, call the model once before generate(): its first forward unpacks the weights")
+    if is_packed_in_transformers(sites):
+        notes.append(f"in transformers, unpack the weights before generate(): {UNPACK}")
     if any(inputs.symmetric or inputs.group == ROW for inputs in dynamic):
         notes.append("its scales of inputs are not quite those of vlmq")
     if any(limits for inputs, limits in rounded if inputs.group != TENSOR):

@@ -184,18 +184,23 @@ def describe(folder: Path, names: Iterable[str] | None = None) -> dict[str, File
     if names is None:
         names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {
-        name: FileRecord(bytes=(folder / name).stat().st_size, sha256=_sha256(folder / name))
+        name: FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
         for name in sorted(names)
         if name != NAME
     }
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     hashed = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**22):
             hashed.update(piece)
     return hashed.hexdigest()
+
+
+def identity(folder: Path) -> str:
+    """sha256 of the manifest, which has that of every other file."""
+    return file_sha256(folder / NAME)
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def _check_files(folder: Path, files: Mapping[str, FileRecord], hashes: bool) ->
             raise FormatError(f"{path}: absent, but {NAME} lists it; export the model again")
         if path.stat().st_size != entry.bytes:
             raise FormatError(f"{path}: {path.stat().st_size} bytes, {NAME} says {entry.bytes}; copy the folder again")
-        if hashes and _sha256(path) != entry.sha256:
+        if hashes and file_sha256(path) != entry.sha256:
             raise FormatError(f"{path}: its bytes are not those {NAME} lists; copy the folder again")
     for pattern in WEIGHTS:
         for path in sorted(folder.glob(pattern)):

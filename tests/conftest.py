@@ -16,7 +16,24 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests import `tiny` an
 import tiny
 
 from vlmq import cli
+from vlmq.exporter import release
 from vlmq.exporter.samples import Sample
+
+GATE = release.check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_gate():
+    """The gate starts a process for each export: tests of other things do without it, those of it have `gated`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(release, "check", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Exports go through the release gate."""
+    monkeypatch.setattr(release, "check", GATE)
 
 
 @pytest.fixture(params=tiny.VARIANTS)

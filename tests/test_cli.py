@@ -17,7 +17,10 @@ from vlmq.exporter.recipe import make_recipe
 
 @pytest.mark.parametrize(
     "command",
-    ["export", "verify", "evaluate", "convert", "run", "inspect", "plan", "importance", "recipe", "recipe show"],
+    [
+        *("export", "verify", "evaluate", "convert", "push", "run"),
+        *("inspect", "plan", "importance", "recipe", "recipe show"),
+    ],
 )
 def test_help_loads_nothing_that_takes_time(command):
     code = (
@@ -187,6 +190,7 @@ def test_a_stopped_export_keeps_what_is_finished_and_goes_on_when_asked_again(
         "--samples",
         "4",
         "--no-verify",
+        "--no-gate",
     )
     command = [
         sys.executable,
@@ -337,7 +341,7 @@ def test_the_help_names_every_method_and_every_default(vlmq, monkeypatch):
         assert default in words
 
 
-PLAIN = ("--method", "rtn", "--group-size", 32, "--no-verify")
+PLAIN = ("--method", "rtn", "--group-size", 32, "--no-verify", "--no-gate")
 
 
 def test_graphs_alone_end_with_their_folder_and_no_sizes_of_what_is_not_there(vlmq, tiny_folders, tmp_path):

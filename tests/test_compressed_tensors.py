@@ -245,7 +245,7 @@ STATIC, CLAMPED = Grids(Grid(4), Grid(8, TENSOR), LIMITS), Grids(Grid(4), Grid(8
 GROUPED = Grids(Grid(4), Grid(4, 32, symmetric=False))
 SEVERAL = "transformers cannot load several grids of which some are asymmetric; use vlmq, or --symmetric"
 UNROUNDED = "transformers rounds no inputs where weights are asymmetric; use vlmq, or --symmetric"
-CALL_ONCE = "in transformers, call the model once before generate(): its first forward unpacks the weights"
+UNPACK = "in transformers, unpack the weights before generate(): model.hf_quantizer.compressor.decompress_model(model)"
 SCALES, CLAMPS = "its scales of inputs are not quite those of vlmq", "it does not clamp inputs to their limits"
 
 
@@ -254,14 +254,14 @@ SCALES, CLAMPS = "its scales of inputs are not quite those of vlmq", "it does no
     [
         ((A4, A4), True, None),
         ((B4, B4), True, None),
-        ((A4, A8), False, CALL_ONCE),
+        ((A4, A8), False, UNPACK),
         ((A4, B4), False, SEVERAL),
-        ((STATIC, STATIC), False, CALL_ONCE),
-        ((GROUPED, GROUPED), False, CALL_ONCE),
-        ((ROUNDED, ROUNDED), False, f"{CALL_ONCE}; {SCALES}"),
-        ((CLAMPED, CLAMPED), False, f"{CALL_ONCE}; {SCALES}; {CLAMPS}"),
+        ((STATIC, STATIC), False, UNPACK),
+        ((GROUPED, GROUPED), False, UNPACK),
+        ((ROUNDED, ROUNDED), False, f"{UNPACK}; {SCALES}"),
+        ((CLAMPED, CLAMPED), False, f"{UNPACK}; {SCALES}; {CLAMPS}"),
         ((ROUNDED_B4, ROUNDED_B4), True, UNROUNDED),
-        ((ROUNDED, A4), False, f"{CALL_ONCE}; {SCALES}"),
+        ((ROUNDED, A4), False, f"{UNPACK}; {SCALES}"),
         ((ROUNDED, B4), False, SEVERAL),
     ],
 )

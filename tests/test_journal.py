@@ -27,7 +27,7 @@ def request_to(folder, output, pictures, **more):
     recipe = {"bits": 4, "group_size": 32, "components": {"language": {"method": "gptq"}}, **more.pop("recipe", {})}
     return Request(
         str(folder), output, make_recipe(recipe), formats="safetensors", calibration=str(pictures), samples=6,
-        verify=False, **more,
+        verify=False, gate=False, **more,
     )  # fmt: skip
 
 

@@ -9,17 +9,19 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "formats", "exporter")
 
 
+def setuptools():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
 def listed():
-    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    return set(setuptools()["packages"])
 
 
 def test_the_listed_packages_are_the_directories_that_hold_modules():
     """An unlisted one would be missing from the wheel without a word."""
-    found = {"vlmq"} | {
-        ".".join(("vlmq", *file.parent.relative_to(ROOT).parts))
-        for room in ROOMS
-        for file in (ROOT / room).rglob("*.py")
-    }
+    places = {folder: name for name, folder in setuptools()["package-dir"].items()}
+    folders = {file.parent.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py")}
+    found = {"vlmq"} | {places.get(folder.as_posix(), ".".join(("vlmq", *folder.parts))) for folder in folders}
     assert listed() == found
 
 
@@ -39,6 +41,8 @@ def test_a_wheel_holds_all_that_the_command_needs(tmp_path):
         check=True,
         capture_output=True,
     )
+    assert (site / "optimum" / "commands" / "register" / "vlmq.py").is_file()
+    assert (site / "vlmq" / "formats" / "card.md.jinja").is_file()
     code = (
         "import vlmq, vlmq.cli, vlmq.exporter.pipeline\nfrom vlmq.exporter.demo.catalog import CHECKPOINTS\n"
         "print(vlmq.__file__, all((folder / 'model.safetensors').is_file() for folder in CHECKPOINTS.values()))"

@@ -69,7 +69,7 @@ def configurations(tmp_path_factory):
 
 def request(folder, output, **changes):
     recipe = make_recipe({"group_size": 32, **changes.pop("recipe", {})})
-    made = Request(str(folder), output, recipe, samples=4, formats="safetensors", verify=False)
+    made = Request(str(folder), output, recipe, samples=4, formats="safetensors", verify=False, gate=False)
     return replace(made, **changes)
 
 
@@ -175,7 +175,9 @@ def test_what_holds_the_whole_model_is_a_step_of_its_own(configurations):
     folder = configurations["llava-1.5-7b"]
     weighted = planned(folder, recipe={"options": {"token_weights": "modality"}})
     tuned = planned(folder, recipe={"method": "qvlm", "activations": {"bits": 6}})
-    for plan, step in ((weighted, "weighing"), (tuned, "tuning"), (planned(folder, verify=True), "verifying")):
+    loaded, verified = planned(folder, gate=True), planned(folder, verify=True)
+    steps = (weighted, "weighing"), (tuned, "tuning"), (loaded, "loading it"), (verified, "verifying")
+    for plan, step in steps:
         assert 4 * plan.parameters in parts(plan, step).values()
     assert not any(4 * plan.parameters in parts(plan, need.step).values() for need in planned(folder).memory)
 
@@ -222,6 +224,9 @@ def test_the_command_prints_a_plan_for_people_and_for_programs(configurations, m
     assert found["peak_memory"] == max(need["bytes"] for need in found["memory"])
     monkeypatch.setattr(machine, "available_memory", lambda: 24 * 10**9)
     refused = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert "loading it with transformers needs" in str(refused.exception)
+    assert "pass --no-gate" in json.loads(refused.output)["refusals"][0]
+    refused = CliRunner().invoke(cli.app, [*arguments, "--no-gate", "--json"])
     assert "verifying needs" in str(refused.exception)
     assert "pass --no-verify" in json.loads(refused.output)["refusals"][0]
 

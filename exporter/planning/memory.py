@@ -49,6 +49,8 @@ def _steps(work: Workload, base: Part) -> Iterator[Need]:
     yield _largest(solved)
     if work.formats != "safetensors":
         yield Need("writing ONNX graphs", (base, *_graphs(work)), f"choose --format safetensors, {MORE}")
+    if work.gate and work.formats != "onnx":
+        yield Need("loading it with transformers", (base, *_loading(work, base)), f"pass --no-gate, {MORE}")
     if work.verify:
         yield Need("verifying", (base, *_verifying(work, base)), f"pass --no-verify, {MORE}")
 
@@ -153,6 +155,13 @@ def _graphs(work: Workload) -> Iterator[Part]:
     yield Part("other weights", dense * FLOAT, "in float32, as the model computes")
     yield Part("other weights again", dense * disk.graph_float(work), "as the graphs store them")
     yield Part("the tracer", TRACER + len(work.walk.blocks) * TRACED, "nodes of three graphs")
+
+
+def _loading(work: Workload, base: Part) -> tuple[Part, ...]:
+    return (
+        Part("the export", work.parameters * FLOAT, "whole, dense and in float32, in a process of its own"),
+        Part("that process", base.bytes, "its Python and libraries"),
+    )
 
 
 def _verifying(work: Workload, base: Part) -> tuple[Part, ...]:

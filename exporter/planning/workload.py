@@ -60,6 +60,7 @@ class Workload:
     formats: Literal["safetensors", "onnx", "both"]
     verify: bool
     activation_memory: int = MEMORY
+    gate: bool = False
 
     @property
     def batch(self) -> int:
