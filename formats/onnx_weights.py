@@ -16,8 +16,24 @@ from vlmq.kernels.nbits import NBitsWeight
 
 def read_weights(path: Path) -> dict[str, QuantizedWeight]:
     """{name of the module in the model: its weight, codes, scale and zero bit for bit} of one graph file."""
-    model = ir.load(path)
+    model = load(path)
     return {name: read_weight(model, name, grid) for name, grid in recorded_grids(path, model).items()}
+
+
+def load(path: Path) -> ir.Model:
+    """A graph, its tensors mapped; FormatError where it is none."""
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf has its own, and they change
+        raise FormatError(f"{path}: not a whole graph ({type(error).__name__}); copy the folder again") from None
+
+
+def values_of(name: str, tensor: ir.TensorProtocol) -> torch.Tensor:
+    """A copy of a stored tensor; FormatError where its file is cut short."""
+    try:
+        return torch.from_numpy(np.array(tensor.numpy()))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{name}: its values cannot be read ({error}); copy the folder again") from None
 
 
 def recorded_grids(path: Path, model: ir.Model) -> dict[str, list]:
@@ -34,7 +50,7 @@ def read_weight(model: ir.Model, name: str, recorded: list) -> QuantizedWeight:
     def tensor(part: str) -> torch.Tensor | None:
         value = model.graph.initializers.get(f"{name}.{part}")
         stored = None if value is None else value.const_value
-        return None if stored is None else torch.from_numpy(np.array(stored.numpy()))  # a copy: the file is mapped
+        return None if stored is None else values_of(f"{name}.{part}", stored)
 
     qweight, scales = tensor("qweight"), tensor("scales")
     if qweight is None or scales is None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from vlmq.formats import layouts
 from vlmq.formats.manifest import DENSE, TensorRecord, digest_of
-from vlmq.formats.onnx_weights import read_weight, recorded_grids
+from vlmq.formats.onnx_weights import load, read_weight, recorded_grids, values_of
 from vlmq.formats.shards import headers
 from vlmq.kernels.grid import QuantizedWeight
 
@@ -81,7 +80,7 @@ class Graphs:
         self.values: dict[str, ir.Value] = {}
         self.unnamed: dict[tuple[int, ...], list[ir.Value]] = {}
         for path in sorted((folder / "onnx").glob("*.onnx")):
-            model = ir.load(path)
+            model = load(path)
             self.packed |= {name: (model, grid) for name, grid in recorded_grids(path, model).items()}
             for name, value in model.graph.initializers.items():
                 if value.const_value is None:
@@ -126,7 +125,7 @@ class Graphs:
 
 def _tensor(value: ir.Value) -> Tensor:
     assert value.const_value is not None
-    return torch.from_numpy(np.array(value.const_value.numpy()))  # a copy: the file is mapped
+    return values_of(value.name or "", value.const_value)
 
 
 def sizes_of(stored: Stored) -> dict[str, int]:

@@ -120,9 +120,9 @@ def test_time_memory_and_threads_are_measured(measured):
     found, _ = measured
     assert found.seconds_per_answer > 0
     assert len(found.speed.answer) == len(found.speed.first_token) == 3
-    assert found.speed.seconds_to_first_token < found.speed.seconds_per_answer * 5
-    assert found.speed.tokens_per_second > 1
-    assert found.speed.images_per_second > 1
+    assert min(found.speed.first_token) > 0
+    assert found.speed.tokens_per_second > 0
+    assert found.speed.images_per_second > 0
     assert found.threads >= 1
     # Python with torch is known to take more than 100 MB; a tiny model far less than that.
     assert 100e6 < found.memory.imported <= found.memory.loaded + 1e6

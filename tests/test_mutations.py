@@ -127,14 +127,15 @@ def references(samples):
 def misses(samples, references, monkeypatch):
     """The misses of a verdict by the names of their checks."""
 
-    def of(folder: Path, demo: str, count: int = FEW) -> list[str]:
+    def of(folder: Path, demo: str, count: int = FEW, **given: float) -> list[str]:
         reference = CHECKPOINTS[demo]
 
         def measured(model, engine, asked, *arguments, **options):
             return references(demo, count) if model == reference else measure_here(model, engine, asked, **options)
 
         monkeypatch.setattr(verify, "measure", measured)
-        return list(verify.verify(folder, reference, samples[:count]).misses)
+        limits = {name.replace("_", "-"): value for name, value in given.items()}
+        return list(verify.verify(folder, reference, samples[:count], limits).misses)
 
     return of
 
@@ -201,14 +202,14 @@ def test_the_command_says_what_is_wrong_and_exits_1(kind, exports, misses, tmp_p
     code, _, err = vlmq("verify", bad.folder)
     assert code == 1
     assert {"files", "hashes", "steps", "kl"} <= {line.split(": ")[1] for line in err.splitlines()}
-    assert "nibbles" not in (bad.folder / "report.html").read_text()
     assert ">failed<" in (bad.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("demo", CHECKPOINTS)
 @pytest.mark.parametrize("name", [*FORMATS, *GOOD])
 def test_a_good_export_is_no_false_alarm(demo, name, exports, misses):
-    assert misses(exports(demo, name), demo, MORE) == []
+    # One of so few answers is worth 4 points, and any of these exports may lose one of hundreds.
+    assert misses(exports(demo, name), demo, MORE, max_drop=5) == []
 
 
 def test_there_are_enough_of_both():

@@ -265,7 +265,8 @@ def test_a_reference_is_measured_once_for_the_same_samples(samples, folders, mod
     again = verify.verify(export, reference, samples, cache=tmp_path / "cache")
     assert [call[0] for call in models[1]].count("reference") == 1
     assert again == first
-    verify.verify(export, reference, samples[:2], cache=tmp_path / "cache")
+    other = [dataclasses.replace(samples[0], text="why?"), *samples[1:]]
+    verify.verify(export, reference, other, cache=tmp_path / "cache")
     (reference / "model.safetensors").write_bytes(bytes(901))
     verify.verify(export, reference, samples, cache=tmp_path / "cache")
     assert [call[0] for call in models[1]].count("reference") == 3

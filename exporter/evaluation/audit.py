@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def audit(folder: Path, reference: Path) -> Audit:
     found = Audit(blocks=blocks)
     for stored in _formats(folder, expected):
         tensors = Tensors(expected, stored)
-        faults += tensors.faults()
+        try:
+            faults.extend(tensors.faults())
+        except FormatError as fault:
+            faults.append(Fault("files", str(fault)))
         found.distances[stored.format] = tensors.distances
         found.compared[stored.format] = tensors.count
         found.disk[stored.format] = tensors.sizes()
@@ -62,14 +66,14 @@ def _files(folder: Path) -> Iterator[Fault]:
 
 
 def _formats(folder: Path, expected: Expected) -> Iterator[Stored]:
-    try:
+    """Those that can be read; what ails the others `_files` has said, or the engine that runs them will."""
+    with suppress(FormatError):
         safetensors = Safetensors(folder)
-    except FormatError:  # which `_files` has said already
-        return
-    if safetensors.headers:
-        yield safetensors
-    if (folder / "onnx").is_dir():
-        yield Graphs(folder, expected.aliases)
+        if safetensors.headers:
+            yield safetensors
+    with suppress(FormatError):
+        if (folder / "onnx").is_dir():
+            yield Graphs(folder, expected.aliases)
 
 
 def _companions(folder: Path, source: Checkpoint) -> Iterator[Fault]:

@@ -175,6 +175,7 @@ def run(request: Request, work: Path, progress: Callable[[int, int], None] | Non
                     progress(done, of)
         except BaseException:  # interrupted: leave nothing running
             process.kill()
+            process.wait()  # Popen itself waits a quarter of a second for it after Ctrl-C, which a busy machine exceeds
             raise
     if process.returncode:
         raise VlmqError(_fault(request, work, process.returncode, errors.read_text(errors="replace")))

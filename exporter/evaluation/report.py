@@ -9,7 +9,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq.exporter.evaluation import page
 from vlmq.exporter.evaluation.likeness import Likeness
 from vlmq.exporter.evaluation.speed import Speed
 from vlmq.exporter.evaluation.thresholds import THRESHOLDS
@@ -170,6 +169,8 @@ def _medians(speed: Speed) -> dict[str, float]:
 
 def write(verdict: Verdict, folder: Path) -> Path:
     """Write `report.json` and `report.html` into the folder, and return the path of the first."""
+    from vlmq.exporter.evaluation import page  # matplotlib and jinja2, which only whoever writes a page needs
+
     path = folder / REPORT
     path.write_text(json.dumps(as_dict(verdict), indent=1) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page.render(verdict, rows(verdict), THRESHOLDS), encoding="utf-8")
