@@ -125,9 +125,10 @@ def _ratio(before: float, after: float, less: str, more: str) -> str:
 
 def _times(verdict: Verdict, after: Side) -> list[Row]:
     """Medians, and the median over pairs of how much faster."""
-    before, faster = verdict.reference, verdict.likeness[after.engine].faster
-    if not (before.speed and after.speed and faster):
+    before, found = verdict.reference, verdict.likeness.get(after.engine)
+    if not (before.speed and after.speed and found):
         return []
+    faster = found.faster
     engines = f"({before.engine} / {after.engine})"
 
     def row(label: str, kind: str, show: str, scale: float = 1.0) -> Row:
