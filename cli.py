@@ -54,6 +54,10 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(help="Points of accuracy that may be lost; else exit 1.  \\[default: 2 from 4 bits on]"),
 ]
+Thresholds = Annotated[
+    list[str] | None,
+    typer.Option("--threshold", help="NAME=VALUE of the verdict, such as kl=0.05; may be repeated. See docs."),
+]
 Format = Annotated[
     Literal["safetensors", "onnx", "both"] | None,
     typer.Option(help="What to write.  \\[default: what the consumer reads; both]"),
@@ -188,6 +192,7 @@ def export(
     verify: Verify = True,
     data: Data = None,
     max_drop: MaxDrop = None,
+    threshold: Thresholds = None,
     revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
     activation_memory: ActivationMemory = "1GiB",
@@ -219,7 +224,7 @@ def export(
         text_only=text_only,
         verify=verify,
         data=data,
-        max_drop=max_drop,
+        thresholds=_thresholds(threshold, max_drop),
         max_shard_bytes=_bytes(max_shard_size, "--max-shard-size"),
         activation_memory=_bytes(activation_memory, "--activation-memory"),
         fresh=fresh,
@@ -257,14 +262,23 @@ def verify(
     reference: Annotated[str | None, typer.Option(help="The checkpoint it was made from, if it moved.")] = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    threshold: Thresholds = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what was measured of a reference, for the next export of it."),
+    ] = None,
     gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an export with the checkpoint it was made from, and have transformers load it."""
+    """Compare an export with the checkpoint it was made from, and have transformers load it.
+
+    Writes report.json and report.html into its folder.
+    """
     from vlmq.exporter.pipeline import load_elsewhere, verify_folder
 
+    thresholds = _thresholds(threshold, max_drop)
     with _bars(as_json) as progress:
-        verdict = verify_folder(folder, reference, data, max_drop, progress)
+        verdict = verify_folder(folder, reference, data, thresholds, progress, cache)
         release = load_elsewhere(folder, progress) if gate else None
     if as_json:
         _print_json(_verdict_json(verdict))
@@ -601,6 +615,20 @@ def _options(given: list[str]) -> dict[str, Any]:
         if options[key] is None:
             raise VlmqError(f"--option {text}: no value; write KEY=VALUE, or take {key} out of the recipe file")
     return options
+
+
+def _thresholds(given: list[str] | None, max_drop: float | None) -> dict[str, float]:
+    """NAME=VALUE flags, and --max-drop, which is one of them."""
+    from vlmq.exporter.errors import VlmqError
+
+    found = {} if max_drop is None else {"max-drop": max_drop}
+    for text in given or []:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise VlmqError(f"--threshold {text}: no number; write NAME=VALUE, such as kl=0.05") from None
+    return found
 
 
 def _bytes(size: str, flag: str) -> int:

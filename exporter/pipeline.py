@@ -4,7 +4,7 @@ checkpoint -> walk -> calibrate -> quantize -> pack -> write -> verify
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -25,6 +25,7 @@ from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint, refuse_altered
 from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
+from vlmq.exporter.evaluation.thresholds import refuse_unknown
 from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.journal import journaled
 from vlmq.exporter.load import load
@@ -53,6 +54,7 @@ class Request:
     """All that an export depends on.
 
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
+    thresholds: of the verdict, by name, where they are not the defaults (evaluation/thresholds.py).
     fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
     """
 
@@ -68,7 +70,7 @@ class Request:
     text_only: bool = False
     verify: bool = True
     data: str | None = None
-    max_drop: float | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
     activation_memory: int = MEMORY
     fresh: bool = False
@@ -108,6 +110,7 @@ def export(
 def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -> Exported | None:
     refuse_place(request.output)
     consumers.refuse_format(request.recipe.consumer, request.formats)
+    refuse_unknown(request.thresholds)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
@@ -158,7 +161,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     verdict = None
     if data.evaluation and (found is None or found.ok):
         verdict = verify(
-            request.output, checkpoint.folder, data.evaluation.samples, request.max_drop, progress=progress
+            request.output, checkpoint.folder, data.evaluation.samples, request.thresholds, progress=progress
         )
         report.write(verdict, request.output)
         card.write(request.output)
@@ -213,10 +216,14 @@ def verify_folder(
     folder: Path,
     reference: str | None = None,
     data: str | None = None,
-    max_drop: float | None = None,
+    thresholds: Mapping[str, float] | None = None,
     progress: Progress = lambda what, done, of: None,
+    cache: Path | None = None,
 ) -> Verdict:
-    """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named."""
+    """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named.
+
+    thresholds, cache: as `evaluation.verify.verify` has them.
+    """
     made = manifest.read(folder)
     checkpoint = open_checkpoint(reference or made.source.name, None if reference else made.source.revision)
     if reference is None and manifest.source(checkpoint.folder, checkpoint.name).files != made.source.files:
@@ -225,7 +232,7 @@ def verify_folder(
         )
     is_demo = made.source.name in CHECKPOINTS or (made.calibration and made.calibration.dataset == datas.DEMO)
     samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
-    verdict = verify(folder, checkpoint.folder, samples.samples, max_drop, progress=progress)
+    verdict = verify(folder, checkpoint.folder, samples.samples, thresholds, progress=progress, cache=cache)
     report.write(verdict, folder)
     card.write(folder)
     return verdict

@@ -140,11 +140,61 @@ class TorchVlm:
             logits = self.model(**self._inputs(images, prompts)).logits
         return logits[:, -1].float().cpu().numpy()
 
+    def forced_logits(
+        self, images: Sequence["Image"], prompts: Sequence[str], answers: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """For each prompt (tokens + 1, vocabulary) float32: the logits that generation sees before every token of the
+        answer given, and after its last, whatever it would have said itself."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        forcing = _Forcing(answers, _pad(self.processor))
+        steps = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(map(len, answers)) + 1,
+            eos_token_id=None,
+            pad_token_id=_pad(self.processor),
+        )
+        with torch.inference_mode():
+            self.model.generate(
+                **self._inputs(images, prompts),
+                generation_config=steps,
+                logits_processor=LogitsProcessorList([forcing]),
+            )
+        return _rows(forcing.seen, answers)
+
     def _inputs(self, images: Sequence["Image"], prompts: Sequence[str]) -> Any:
         encoded = _encode(self.processor, images, prompts, "pt")
         if images:
             encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)
         return {name: value.to(self.model.device) for name, value in encoded.items()}
+
+
+class _Forcing:
+    """Lets generation say the tokens of given answers (then `fill`), and keeps the logits it saw."""
+
+    def __init__(self, answers: Sequence[Sequence[int]], fill: int) -> None:
+        self.answers, self.fill = answers, fill
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        tokens = _said_at(self.answers, len(self.seen), self.fill)
+        self.seen.append(scores.float().cpu().numpy().copy())
+        forced = torch.full_like(scores, -torch.inf)
+        forced[torch.arange(len(tokens)), torch.tensor(tokens)] = 0
+        return forced
+
+
+def _said_at(answers: Sequence[Sequence[int]], step: int, fill: int) -> list[int]:
+    return [answer[step] if step < len(answer) else fill for answer in answers]
+
+
+def _rows(steps: Sequence[np.ndarray], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Steps of (n, vocabulary)  ->  for each of n answers (tokens + 1, vocabulary)."""
+    return [np.stack([step[row] for step in steps[: len(answer) + 1]]) for row, answer in enumerate(answers)]
 
 
 class OnnxVlm:
@@ -189,6 +239,21 @@ class OnnxVlm:
     def next_logits(self, images: Sequence["Image"], prompts: Sequence[str]) -> np.ndarray:
         """(n, vocabulary) float32: the logits of the first new token."""
         return self._step(*self._prompt(images, prompts), self._no_past(len(prompts)))[0]
+
+    def forced_logits(
+        self, images: Sequence["Image"], prompts: Sequence[str], answers: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """For each prompt (tokens + 1, vocabulary) float32: the logits that generation sees before every token of the
+        answer given, and after its last, whatever it would have said itself."""
+        embeds, mask = self._prompt(images, prompts)
+        past = self._no_past(len(prompts))
+        steps: list[np.ndarray] = []
+        for step in range(max(map(len, answers)) + 1):
+            logits, past = self._step(embeds, mask, past)
+            steps.append(logits)
+            embeds = self._embed(np.array(_said_at(answers, step, _pad(self.processor)))[:, None])
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        return _rows(steps, answers)
 
     def _prompt(self, images: Sequence["Image"], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """inputs_embeds (n, sequence, width) with the image features in their places, attention_mask (n, sequence)."""

@@ -99,7 +99,7 @@ def copy_companions(
     config.json is not read and written back by transformers, which drops and renames entries. FormatError where
     it is absent, is no JSON object, or names a quantization already.
     """
-    config = _changed(_read_config(source / "config.json"), changes or {})
+    config = config_of(source, changes)
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -109,6 +109,11 @@ def copy_companions(
         shutil.copyfile(source / name, target / name)  # the contents: a Hub cache holds links
         copied.append(name)
     return copied
+
+
+def config_of(source: Path, changes: Mapping | None = None) -> dict:
+    """What config.json of an export of `source` says, but for `quantization_config`; errors as above."""
+    return _changed(_read_config(source / "config.json"), changes or {})
 
 
 def _changed(config: Mapping, changes: Mapping) -> dict:

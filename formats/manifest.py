@@ -155,16 +155,17 @@ def record_dense(
         stored=DENSE,
         rows=tuple((part.start, part.stop) for part in rows),
         bytes=weight.nbytes,
-        sha256=_digest(weight),
+        sha256=digest_of(weight),
     )
 
 
 def digest(weight: QuantizedWeight) -> str:
     """sha256 of the dequantized float32 weight, row by row, little endian: the same however it is stored."""
-    return _digest(weight.dequantize())
+    return digest_of(weight.dequantize())
 
 
-def _digest(weight: Tensor) -> str:
+def digest_of(weight: Tensor) -> str:
+    """The same of a dense weight."""
     return hashlib.sha256(weight.float().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
 
 

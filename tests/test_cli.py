@@ -244,20 +244,44 @@ def test_weights_are_written_in_shards_of_the_size_that_is_asked_for(vlmq, tiny_
 
 @pytest.mark.parametrize(("drop", "code"), [(0.5, 0), (3.0, 1)])
 def test_a_verdict_that_misses_its_threshold_is_exit_code_1_and_says_which(drop, code, vlmq, monkeypatch, tmp_path):
+    from dataclasses import replace
+
     from vlmq.exporter import pipeline
+    from vlmq.exporter.evaluation import thresholds
     from vlmq.exporter.evaluation.measure import Memory
     from vlmq.exporter.evaluation.statistics import PairedDifference
-    from vlmq.exporter.evaluation.verify import Score, Side, Verdict, judge
+    from vlmq.exporter.evaluation.verify import Score, Side, Verdict
 
     score = Score(98.0, 98.0 - drop, PairedDifference(-drop, -drop - 1, -drop + 1, 100, 50))
     side = Side("a folder", "onnx", 2, {"safetensors": 4, "onnx": 4}, Memory(1, 2, 3), 0.01)
-    accuracy = {"overall": score}
-    verdict = Verdict(100, 50, 4, accuracy, 0.9, {}, side, side, 2.0, tuple(judge(accuracy, {}, 4, 2.0)))
+    verdict = Verdict(100, 50, 4, {"overall": score}, 0.9, side, side, thresholds=thresholds.limits(4, {}))
+    verdict = replace(verdict, misses=tuple(thresholds.judge(verdict)))
     monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: verdict)
     found, out, err = vlmq("verify", tmp_path)
     assert found == code
     assert f"{-drop:+.2f}" in out
-    assert ("accuracy fell by 3.00 points, more than the 2 allowed" in err) == bool(code)
+    assert ("vlmq: max-drop: accuracy lost: 3 points, more than the 2 allowed" in err) == bool(code)
+
+
+def test_thresholds_are_numbers_by_name_and_max_drop_is_one_of_them(vlmq, monkeypatch, tmp_path):
+    from vlmq.exporter import pipeline
+    from vlmq.exporter.errors import VlmqError
+
+    def verify_folder(folder, reference, data, thresholds, progress, cache):
+        raise VlmqError(f"{sorted(thresholds.items())}, {cache}")
+
+    monkeypatch.setattr(pipeline, "verify_folder", verify_folder)
+    flags = ("--threshold", "kl=0.05", "--threshold", "top1=99", "--max-drop", 1, "--cache", "kept")
+    assert vlmq("verify", tmp_path, *flags)[2] == "vlmq: [('kl', 0.05), ('max-drop', 1.0), ('top1', 99.0)], kept\n"
+    code, _, err = vlmq("verify", tmp_path, "--threshold", "kl")
+    assert (code, err) == (2, "vlmq: --threshold kl: no number; write NAME=VALUE, such as kl=0.05\n")
+
+
+def test_an_export_with_an_unknown_threshold_is_refused_before_any_work(vlmq, tiny_folders, tmp_path):
+    flags = ("--threshold", "klx=1", "-o", tmp_path / "out")
+    code, _, err = vlmq("export", tiny_folders["blip2-opt"], *PLAIN, *flags)
+    assert (code, err) == (2, "vlmq: --threshold klx: no such threshold; did you mean kl?\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_flags_override_the_recipe_file(vlmq, tiny_folders, tmp_path):

@@ -14,8 +14,9 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import measure as measuring
 from vlmq.exporter.evaluation import worker
 from vlmq.exporter.evaluation.answers import answer_all, batches, images_of
-from vlmq.exporter.evaluation.components import cosine, outputs_of
+from vlmq.exporter.evaluation.components import blocks_in, cosine, outputs_of, relative_error
 from vlmq.exporter.evaluation.measure import Request, measure
+from vlmq.exporter.evaluation.sensitivity import Shown, shown
 from vlmq.exporter.families import family_of
 from vlmq.exporter.load import load
 from vlmq.exporter.runtime import Answer, TorchVlm
@@ -32,18 +33,23 @@ def opened(folder, variant):
     return TorchVlm(model, processor(variant))
 
 
+FORCED = [[5, 6, 7], [], [8], [9, 10], [5]]
+
+
 @pytest.fixture(scope="module")
-def measured(tiny_folders, random_samples):
+def measured(tiny_folders, random_samples, tmp_path_factory):
     """The tiny BLIP-2 measured in a process of its own, and what was told of its progress."""
     told = []
     found = measure(
         tiny_folders["blip2-opt"],
         "torch",
         random_samples,
+        tmp_path_factory.mktemp("measured"),
         timed=3,
         probes=5,
         batch_size=5,
         max_new_tokens=4,
+        forced=FORCED,
         progress=lambda *place: told.append(place),
     )
     return found, told
@@ -62,10 +68,47 @@ def test_a_fresh_process_puts_out_what_this_one_does_for_every_component(measure
     here = outputs_of(
         vlm, images_of(probes), [family_of(vlm.model.config).question.format(sample.text) for sample in probes]
     )
-    assert found.outputs.keys() == here.keys() == {"vision", "connector", "language"}
+    blocks = {f"block:{name}" for name in blocks_in(vlm.model)}
+    assert here.keys() == {"vision", "connector", "language"}
+    assert set(found.outputs) == {*here, *blocks, "logits"}
     for component, output in here.items():
         assert output.std() > 0
         np.testing.assert_allclose(found.outputs[component], output, rtol=1e-4, atol=1e-5)
+
+
+def test_the_logits_along_given_answers_are_those_of_one_pass_over_prompt_and_answer(measured, vlm, random_samples):
+    """No cache and no generation: prompt and answer in a row, the logits before every token read off."""
+    found, _ = measured
+    assert found.lengths == [len(tokens) + 1 for tokens in FORCED]
+    start = 0
+    for sample, tokens in zip(random_samples[:5], FORCED, strict=True):
+        prompt = family_of(vlm.model.config).question.format(sample.text)
+        inputs = vlm.processor(images=images_of([sample]), text=[prompt], return_tensors="pt")
+        ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            logits = vlm.model(inputs["pixel_values"], ids, attention_mask=torch.ones_like(ids)).logits[0]
+        expected = logits[inputs["input_ids"].shape[1] - 1 :].numpy()
+        np.testing.assert_allclose(
+            found.outputs["logits"][start : start + len(expected)], expected, rtol=1e-4, atol=1e-5
+        )
+        start += len(expected)
+
+
+def test_other_images_are_those_of_other_samples_and_grey_ones(random_samples):
+    class Looks:
+        """Answers with the first pixel."""
+
+        def generate(self, images, prompts, max_new_tokens):
+            return [Answer("", [image.getpixel((0, 0))[0]]) for image in images]
+
+    images = images_of(random_samples[:5])
+    first = [image.getpixel((0, 0))[0] for image in images]
+    found = shown(Looks(), images, ["?"] * 5, 2, 4)
+    assert [tokens for (tokens,) in found.own] == first
+    assert [tokens for (tokens,) in found.swapped] == [*first[1:], first[0]]
+    assert found.blank == [[128]] * 5
+    assert found.changed() == {"swapped": 100.0, "blank": 100.0}
+    assert Shown([[1], [2]], [[1], [3]], [[1], [2]]).changed() == {"swapped": 50.0, "blank": 0.0}
 
 
 def test_progress_is_told_after_every_batch_up_to_the_last(measured):
@@ -76,6 +119,10 @@ def test_progress_is_told_after_every_batch_up_to_the_last(measured):
 def test_time_memory_and_threads_are_measured(measured):
     found, _ = measured
     assert found.seconds_per_answer > 0
+    assert len(found.speed.answer) == len(found.speed.first_token) == 3
+    assert min(found.speed.first_token) > 0
+    assert found.speed.tokens_per_second > 0
+    assert found.speed.images_per_second > 0
     assert found.threads >= 1
     # Python with torch is known to take more than 100 MB; a tiny model far less than that.
     assert 100e6 < found.memory.imported <= found.memory.loaded + 1e6
@@ -107,18 +154,18 @@ print(json.dumps([after - before, high - after, peak() - resident()]))
 
 def test_a_worker_that_dies_leaves_one_line_with_its_folder_and_its_last_words(tmp_path, random_samples):
     with pytest.raises(VlmqError, match="the process that runs it in torch failed: ") as error:
-        measure(tmp_path, "torch", random_samples)
+        measure(tmp_path, "torch", random_samples, tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_interrupted_measurement_leaves_no_process_running(tiny_folders, random_samples):
+def test_an_interrupted_measurement_leaves_no_process_running(tiny_folders, random_samples, tmp_path):
     def interrupt(done, of):
         raise KeyboardInterrupt
 
     before = set(psutil.Process().children())
     with pytest.raises(KeyboardInterrupt):
-        measure(tiny_folders["blip2-opt"], "torch", random_samples, batch_size=1, progress=interrupt)
+        measure(tiny_folders["blip2-opt"], "torch", random_samples, tmp_path, batch_size=1, progress=interrupt)
     assert set(psutil.Process().children()) <= before
 
 
@@ -197,3 +244,8 @@ def test_a_cosine_is_of_directions_and_zero_is_only_like_zero():
 
 def test_outputs_that_are_not_numbers_are_like_nothing():
     assert cosine(np.ones((1, 2)), np.array([[np.nan, 1.0]])) == 0.0
+
+
+def test_an_error_is_relative_to_the_size_of_the_reference():
+    assert relative_error(np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]])) == pytest.approx(0.1)
+    assert relative_error(np.ones((1, 2)), np.array([[np.nan, 1.0]])) == float("inf")

@@ -1,7 +1,9 @@
 """The verdict: what is compared, what is a miss, and what is refused."""
 
 import dataclasses
+import html
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,24 +11,26 @@ import pytest
 from PIL import Image
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.evaluation import report, verify
+from vlmq.exporter.evaluation import report, thresholds, verify
+from vlmq.exporter.evaluation.audit import Audit
 from vlmq.exporter.evaluation.measure import Measurement, Memory
+from vlmq.exporter.evaluation.sensitivity import Shown
+from vlmq.exporter.evaluation.speed import Speed
 from vlmq.exporter.images import digest
 from vlmq.exporter.samples import Sample
 from vlmq.formats import manifest
 from vlmq.formats.errors import FormatError
+from vlmq.kernels.grid import Grid
+
+SHOWN = Shown(own=[[1], [2]], swapped=[[2], [1]], blank=[[1], [3]])
 
 
-def measurement(texts, engine="torch", tokens=None, **outputs):
-    return Measurement(
-        engine,
-        list(texts),
-        tokens or [[len(text)] for text in texts],
-        Memory(100, 150, 170),
-        0.02,
-        2,
-        {name: np.asarray(value, np.float32) for name, value in outputs.items()},
-    )
+def measurement(texts, engine="torch", tokens=None, shown=SHOWN, logits=((1.0, 0.0), (0.0, 1.0)), **outputs):
+    """Two probes, of one position each; another image changes both answers, a grey one the second."""
+    found = {name: np.asarray(value, np.float32) for name, value in {"logits": logits, **outputs}.items()}
+    seconds = Speed([0.02, 0.01, 0.09], [0.01], [0.002], [0.005])
+    said = tokens or [[len(text)] for text in texts]
+    return Measurement(engine, list(texts), said, Memory(100, 150, 170), seconds, 2, shown, [1, 1], found)
 
 
 def describe(folder, bits=(), calibration=None, recipe=None):
@@ -82,14 +86,18 @@ def models(monkeypatch):
     """What the measured models would say: (folder name, engine) -> measurement; and the order of the calls."""
     said, calls = {}, []
 
-    def measure(folder, engine, samples, answer=True, progress=None):
+    def measure(folder, engine, samples, keep, answer=True, forced=None, timed_last=False, progress=None):
+        assert keep.is_dir()
+        assert (folder.name, forced) in (("reference", None), ("export", SHOWN.own))
         calls.append((folder.name, engine, answer))
         if progress:
             progress(len(samples), len(samples))
+        if isinstance(said[folder.name, engine], Exception):
+            raise said[folder.name, engine]
         return said[folder.name, engine]
 
     monkeypatch.setattr(verify, "measure", measure)
-    monkeypatch.setattr(verify, "_coverage", lambda folder: [])
+    monkeypatch.setattr(verify, "audit", lambda folder, reference: Audit())
     said.update(
         {
             ("reference", "torch"): measurement(
@@ -114,12 +122,17 @@ def test_accuracy_agreement_cosines_sizes_and_times_are_those_of_the_two_models(
     overall = verdict.accuracy["overall"].difference
     assert (overall.points, overall.low, overall.high) == (0.0, -50.0, 50.0)  # two images: -50 and +50
     assert verdict.token_agreement == 0.25  # only the third answer has as many letters in both
-    assert verdict.cosine["onnx"] == pytest.approx({"connector": 0.6, "language": 1.0})
-    assert verdict.cosine["torch"] == pytest.approx({"vision": 0.0, "connector": 0.6, "language": 1.0})
+    graphs, packed = verdict.likeness["onnx"], verdict.likeness["torch"]
+    assert graphs.cosine == pytest.approx({"connector": 0.6, "language": 1.0})
+    assert packed.cosine == pytest.approx({"vision": 0.0, "connector": 0.6, "language": 1.0})
+    assert graphs.error == pytest.approx({"connector": 20**0.5, "language": 1.0})  # (3, 4) for (1, 0); 2 for 1
+    assert graphs.sensitivity == {"swapped": (100.0, 100.0), "blank": (50.0, 50.0)}
+    assert (graphs.divergence.kl, graphs.divergence.top1, graphs.divergence.tokens) == (0.0, 100.0, 2)
+    assert graphs.faster == {"answer": 1.0, "first_token": 1.0, "token": 1.0, "image": 1.0}
     assert verdict.reference.disk == {"safetensors": 900, "onnx": 0}
     assert verdict.export.disk == {"safetensors": 300, "onnx": 400}
-    assert (verdict.bits, verdict.samples, verdict.images, verdict.max_drop) == (4, 4, 2, 2.0)
-    assert verdict.ok
+    assert (verdict.bits, verdict.samples, verdict.images) == (4, 4, 2)
+    assert [miss.split(":")[0] for miss in verdict.misses] == ["cosine-connector", "cosine-vision", "cosine-connector"]
 
 
 @pytest.mark.parametrize(("rotated", "compared"), [("vision", "connector language"), ("language", "language vision")])
@@ -128,7 +141,7 @@ def test_outputs_that_a_rotation_turns_are_not_compared(samples, folders, models
     reference, export = folders
     describe(export, bits=(8,), recipe={"rotate": [rotated]})
     verdict = verify.verify(export, reference, samples)
-    assert sorted(verdict.cosine["torch"]) == compared.split()
+    assert sorted(verdict.likeness["torch"].cosine) == compared.split()
 
 
 def test_each_model_is_measured_by_itself_and_the_export_in_the_engine_it_is_meant_for(samples, folders, models):
@@ -142,6 +155,11 @@ def test_each_model_is_measured_by_itself_and_the_export_in_the_engine_it_is_mea
     assert models[1] == [("reference", "torch", True), ("export", "onnx", True)]
 
 
+def failed(verdict):
+    """The names of the missed thresholds; the outputs of these made-up models are far apart on purpose."""
+    return [name for name in (miss.split(":")[0] for miss in verdict.misses) if not name.startswith("cosine")]
+
+
 @pytest.mark.parametrize(
     ("bits", "allowed", "ok"),
     [(8, None, False), (4, None, False), (3, None, False), (2, None, True), (4, 24.9, False), (4, 25.0, True)],
@@ -150,22 +168,115 @@ def test_a_drop_beyond_what_the_bits_allow_is_a_miss(samples, folders, models, b
     reference, export = folders
     describe(export, bits=(bits,))
     models[0]["export", "onnx"] = measurement(["yes", "no", "2", "3"], "onnx")  # 25 points less
-    verdict = verify.verify(export, reference, samples, max_drop=allowed)
-    assert verdict.ok is ok
+    given = {} if allowed is None else {"max-drop": allowed}
+    verdict = verify.verify(export, reference, samples, given)
+    assert failed(verdict) == ([] if ok else ["max-drop"])
     if not ok:
-        assert "accuracy fell by 25.00 points" in verdict.misses[0]
+        assert "accuracy lost: 25 points, more than the" in verdict.misses[0]
 
 
-@pytest.mark.parametrize(("bits", "points"), [(2, 100.0), (3, 5.0), (4, 2.0), (8, 2.0), (16, 2.0)])
-def test_fewer_bits_may_lose_more(bits, points):
-    assert verify.max_drop_at(bits) == points
+DEFAULTS = [(2, 100, None, None), (3, 5, 0.3, 0.7), (4, 2, 0.1, 0.85), (6, 2, 0.05, 0.95), (16, 2, 0.02, 0.97)]
+
+
+@pytest.mark.parametrize(("bits", "points", "nats", "cosine"), DEFAULTS)
+def test_fewer_bits_may_lose_more(bits, points, nats, cosine):
+    limits = thresholds.limits(bits, {})
+    assert (limits["max-drop"], limits["kl"], limits["cosine-vision"]) == (points, nats, cosine)
+
+
+def test_inputs_of_few_bits_count_as_much_as_weights(folders):
+    _, export = folders
+    describe(export, bits=(8,))
+    made = manifest.read(export)
+    inputs = {name: record.model_copy(update={"inputs": Grid(4, -1)}) for name, record in made.tensors.items()}
+    assert verify.fewest_bits(made) == 8
+    assert verify.fewest_bits(made.model_copy(update={"tensors": inputs})) == 4
+
+
+def test_an_unknown_threshold_is_refused_with_the_name_that_was_meant(samples, folders, models):
+    reference, export = folders
+    describe(export)
+    with pytest.raises(VlmqError, match="cosine-visoin: no such threshold; did you mean cosine-vision"):
+        verify.verify(export, reference, samples, {"cosine-visoin": 1})
+    assert models[1] == []
+
+
+def test_distributions_that_lie_apart_are_a_miss_and_every_engine_is_judged(samples, folders, models):
+    """By hand: softmax (1, 0) against (0, 1) is e/(e+1) against 1/(e+1), a divergence of (e-1)/(e+1) = 0.4621 nats."""
+    reference, export = folders
+    describe(export, bits=(4,))
+    models[0]["export", "torch"] = measurement([], logits=((0.0, 1.0), (0.0, 1.0)))
+    verdict = verify.verify(export, reference, samples)
+    assert verdict.likeness["torch"].divergence.kl == pytest.approx(0.4621 / 2, abs=1e-4)
+    assert verdict.likeness["torch"].divergence.top1 == 50.0
+    assert failed(verdict) == ["kl", "top1"]
+    assert all("torch: " in miss for miss in verdict.misses if miss.startswith(("kl", "top1")))
+
+
+def test_logits_that_are_not_numbers_are_a_miss(samples, folders, models):
+    reference, export = folders
+    describe(export, bits=(4,))
+    models[0]["export", "torch"] = measurement([], logits=((np.nan, 1.0), (0.0, 1.0)))
+    assert "kl" in failed(verify.verify(export, reference, samples))
+
+
+@pytest.mark.parametrize("swapped", [[[1], [2]], [[1], [1]]])
+def test_an_export_that_other_images_do_not_change_as_often_is_a_miss(samples, folders, models, swapped):
+    reference, export = folders
+    describe(export, bits=(4,))
+    blind = dataclasses.replace(SHOWN, swapped=swapped)
+    models[0]["export", "onnx"] = measurement(["yes", "yes", "2", "3"], "onnx", shown=blind)
+    verdict = verify.verify(export, reference, samples)
+    assert failed(verdict) == ["sensitivity"]
+    assert "onnx: swapped images change" in verdict.misses[0]
+
+
+def test_an_export_that_cannot_be_run_is_a_miss_and_the_other_engine_is_still_judged(samples, folders, models):
+    reference, export = folders
+    describe(export, bits=(4,))
+    models[0]["export", "onnx"] = VlmqError("its graph is broken")
+    verdict = verify.verify(export, reference, samples)
+    assert verdict.misses[0] == "runs: its graph is broken"
+    assert verdict.export is None
+    assert list(verdict.likeness) == ["torch"]
+    assert "failed" in report.write(verdict, export).with_suffix(".html").read_text()
+
+
+def test_a_reference_that_cannot_be_run_is_bad_input(samples, folders, models):
+    reference, export = folders
+    describe(export)
+    models[0]["reference", "torch"] = VlmqError("not enough memory")
+    with pytest.raises(VlmqError, match="not enough memory"):
+        verify.verify(export, reference, samples)
+
+
+def test_a_reference_is_measured_once_for_the_same_samples(samples, folders, models, monkeypatch, tmp_path):
+    reference, export = folders
+    describe(export, bits=(4,))
+    plain = verify.measure
+
+    def measure(folder, engine, samples, keep, **options):
+        found = plain(folder, engine, samples, keep, **options)
+        found.write(keep)
+        return found
+
+    monkeypatch.setattr(verify, "measure", measure)
+    first = verify.verify(export, reference, samples, cache=tmp_path / "cache")
+    again = verify.verify(export, reference, samples, cache=tmp_path / "cache")
+    assert [call[0] for call in models[1]].count("reference") == 1
+    assert again == first
+    other = [dataclasses.replace(samples[0], text="why?"), *samples[1:]]
+    verify.verify(export, reference, other, cache=tmp_path / "cache")
+    (reference / "model.safetensors").write_bytes(bytes(901))
+    verify.verify(export, reference, samples, cache=tmp_path / "cache")
+    assert [call[0] for call in models[1]].count("reference") == 3
 
 
 def test_a_better_export_is_no_miss(samples, folders, models):
     reference, export = folders
     describe(export, bits=(4,))
     models[0]["export", "onnx"] = measurement(["yes", "yes", "2", "2"], "onnx")
-    assert verify.verify(export, reference, samples, max_drop=0).ok
+    assert failed(verify.verify(export, reference, samples, {"max-drop": 0})) == []
 
 
 def test_without_answers_an_export_whose_components_point_elsewhere_is_a_miss(samples, folders, models):
@@ -174,7 +285,7 @@ def test_without_answers_an_export_whose_components_point_elsewhere_is_a_miss(sa
     bare = [dataclasses.replace(sample, answers=()) for sample in samples]
     verdict = verify.verify(export, reference, bare)
     assert verdict.accuracy == {}
-    assert [miss.split(":")[0] for miss in verdict.misses] == ["connector", "vision", "connector"]
+    assert [miss.split(":")[0] for miss in verdict.misses] == ["cosine-connector", "cosine-vision", "cosine-connector"]
 
 
 def test_only_questions_with_answers_are_asked_where_there_are_any(samples, folders, models):
@@ -191,15 +302,6 @@ def test_an_image_that_was_calibrated_on_is_refused_before_anything_runs(samples
     with pytest.raises(VlmqError, match="evaluation sample q2 was calibrated on"):
         verify.verify(export, reference, samples)
     assert models[1] == []
-
-
-def test_a_file_that_is_not_what_the_manifest_says_is_a_miss(folders):
-    _, export = folders
-    (export / "model.safetensors").unlink()
-    describe(export)
-    assert verify._coverage(export) == []
-    (export / "onnx/decoder.onnx").write_bytes(bytes(399) + b"1")
-    assert "decoder.onnx" in verify._coverage(export)[0]
 
 
 def test_a_folder_that_is_no_export_is_refused(samples, folders):
@@ -224,9 +326,12 @@ def test_the_table_says_what_the_verdict_says(samples, folders, models):
     )
     assert table["same greedy tokens"].export == "25.0 %"
     assert table["cosine, connector (onnx)"].export == "0.6000"
+    assert table["answers that blank images change (onnx)"].reference == "50.0 %"
     assert table["weights on disk, safetensors"].difference == "3.00 x smaller"
     assert table["weights on disk, onnx"].difference == "2.25 x smaller"
+    assert table["time per answer (torch / onnx)"].reference == "20.0 ms"  # the median
     assert table["time per answer (torch / onnx)"].difference == "1.00 x faster"
+    assert table["further tokens (torch / torch)"].export == "500 a second"
 
 
 def test_the_report_is_json_and_has_everything(samples, folders, models):
@@ -234,13 +339,38 @@ def test_the_report_is_json_and_has_everything(samples, folders, models):
     describe(export, bits=(4,))
     verdict = verify.verify(export, reference, samples)
     written = json.loads(report.write(verdict, export).read_text())
-    assert written["ok"] is True
+    assert written["ok"] is False
+    assert written["misses"] == list(verdict.misses)
+    assert written["export"]["speed"]["images_per_second"] == 200
     assert written["accuracy"]["yes/no"]["difference"]["points"] == -50.0
     assert written["export"]["memory"] == {"imported": 100, "loaded": 150, "peak": 170}
     assert written.keys() == {"ok", *(field.name for field in dataclasses.fields(verdict))}
 
 
-def test_a_model_verified_against_itself_agrees_in_everything(tmp_path, tiny_folders, random_samples):
+def test_the_page_needs_nothing_beside_it_and_shows_ten_samples(samples, folders, models):
+    reference, export = folders
+    describe(export, bits=(4,))
+    verdict = verify.verify(export, reference, samples)
+    page = report.write(verdict, export).with_suffix(".html").read_text()
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links), links
+    assert page.count("<svg") == 1  # accuracy; these models have no blocks
+    assert page.count("<img") == len(verdict.examples) == 2  # as many as there are images
+    assert [(example.reference, example.export) for example in verdict.examples] == [("yes", "Yes."), ("3", "two")]
+    for miss in verdict.misses:
+        assert html.escape(miss, quote=False) in page
+
+
+def test_what_a_model_says_cannot_become_part_of_the_page(samples, folders, models):
+    reference, export = folders
+    describe(export, bits=(4,))
+    models[0]["export", "onnx"] = measurement(["<script>alert(1)</script>", "yes", "2", "3"], "onnx")
+    page = report.write(verify.verify(export, reference, samples), export).with_suffix(".html").read_text()
+    assert "<script" not in page
+
+
+def test_a_model_verified_against_itself_agrees_in_everything(tmp_path, tiny_folders, random_samples, monkeypatch):
+    monkeypatch.setattr(verify, "audit", lambda folder, reference: Audit())  # it is no export
     export = shutil.copytree(tiny_folders["llava-mistral"], tmp_path / "same")
     describe(export)
     stages = []
@@ -249,6 +379,13 @@ def test_a_model_verified_against_itself_agrees_in_everything(tmp_path, tiny_fol
     )
     assert verdict.ok
     assert verdict.token_agreement == 1.0
-    assert verdict.cosine["torch"] == pytest.approx({"vision": 1.0, "connector": 1.0, "language": 1.0})
+    found = verdict.likeness["torch"]
+    assert found.cosine == pytest.approx({"vision": 1.0, "connector": 1.0, "language": 1.0})
+    assert found.divergence.kl == pytest.approx(0.0, abs=1e-6)
+    assert found.answers == 1.0
+    assert set(found.blocks.values()) == {0.0}
+    assert len(found.blocks) == 2 + 1 + 2  # CLIP's third layer is never read
+    assert all(before == after for before, after in found.sensitivity.values())
+    assert verdict.reference.speed.tokens_per_second > 0
     assert verdict.accuracy["overall"].difference.points == 0.0
     assert sorted(set(stages)) == ["export", "reference"]

@@ -10,9 +10,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,15 @@ import numpy as np
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.answers import BATCH, MAX_NEW_TOKENS
+from vlmq.exporter.evaluation.sensitivity import Shown
+from vlmq.exporter.evaluation.speed import Speed
 from vlmq.exporter.runtime import Engine
 from vlmq.exporter.samples import Sample
 
+FOUND, OUTPUTS = "found.json", "outputs.npz"
 TIMED = 24  # samples answered one at a time
-PROBES = 32  # samples whose component outputs are kept
+PROBES = 64  # samples about different images, looked at closely: outputs, logits, and what other images change
+COMPARED = 32  # of those, whose component outputs are kept
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class Request:
     folder: str
     engine: Engine
     samples: list[Sample]  # to answer
-    timed: list[Sample]  # to answer one at a time first, under the clock
-    probes: list[Sample]  # to keep component outputs of
+    timed: list[Sample]  # to answer one at a time, under the clock
+    probes: list[Sample]  # to look at closely
+    forced: list[list[int]] | None = None  # tokens of the probes' answers to follow; None: its own
+    timed_last: bool = False  # so that what is measured next, timed first, runs under the same conditions
     batch_size: int = BATCH
     max_new_tokens: int = MAX_NEW_TOKENS
 
@@ -44,15 +49,15 @@ class Request:
 
     @staticmethod
     def read(path: Path) -> Request:
-        fields = json.loads(path.read_text())
+        said = json.loads(path.read_text())
         for name in ("samples", "timed", "probes"):
-            fields[name] = [_sample(sample) for sample in fields[name]]
-        return Request(**fields)
+            said[name] = [_sample(sample) for sample in said[name]]
+        return Request(**said)
 
 
-def _sample(fields: dict[str, Any]) -> Sample:
-    image = fields["image"]
-    return Sample(**{**fields, "image": image and Path(image), "answers": tuple(fields["answers"])})
+def _sample(said: dict[str, Any]) -> Sample:
+    image = said["image"]
+    return Sample(**{**said, "image": image and Path(image), "answers": tuple(said["answers"])})
 
 
 @dataclass(frozen=True)
@@ -74,43 +79,74 @@ class Memory:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a worker found."""
+    """What a worker found. `outputs` are read from its files each time they are asked for; of the probes:
+
+    vision, connector, language    as in components.py
+    block:NAME                     the same of blocks
+    logits                         (positions, vocabulary), along the answers that `lengths` are of
+    """
 
     engine: Engine
     texts: list[str]
     tokens: list[list[int]]
     memory: Memory
-    seconds_per_answer: float | None  # the median of the timed samples; None without any
+    speed: Speed | None  # None where no sample was timed
     threads: int
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # by component, of the probes
+    shown: Shown  # of the probes
+    lengths: list[int]  # positions of each probe's answer: its tokens, and its end
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def seconds_per_answer(self) -> float | None:
+        return self.speed.seconds_per_answer if self.speed and self.speed.answer else None
+
+    @staticmethod
+    def read(folder: Path) -> Measurement:
+        found = json.loads((folder / FOUND).read_text())
+        found["memory"], found["shown"] = Memory(**found["memory"]), Shown(**found["shown"])
+        found["speed"] = found["speed"] and Speed(**found["speed"])
+        with_outputs = (folder / OUTPUTS).exists()
+        return Measurement(**found, outputs=np.load(folder / OUTPUTS) if with_outputs else {})
+
+    def write(self, folder: Path) -> None:
+        if self.outputs:
+            np.savez(folder / OUTPUTS, **dict(self.outputs))  # type: ignore[arg-type]  # any names but its own flag's
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "outputs"}
+        (folder / FOUND).write_text(json.dumps(found, default=asdict))
 
 
 def measure(
     folder: Path,
     engine: Engine,
     samples: Sequence[Sample],
+    keep: Path,
+    *,
     timed: int = TIMED,
     probes: int = PROBES,
     batch_size: int = BATCH,
     max_new_tokens: int = MAX_NEW_TOKENS,
     answer: bool = True,
+    forced: list[list[int]] | None = None,
+    timed_last: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Answer all of the samples (none but the probes without `answer`) with the model in `folder`.
 
-    VlmqError with the worker's own line where it refuses, or with its last line where it dies.
+    keep: an empty folder for what is found, which must last as long as the outputs are read. VlmqError with the
+    worker's own line where it refuses, or with its last line where it dies.
     """
     request = Request(
         folder=str(folder),
         engine=engine,
         samples=list(samples) if answer else [],
-        timed=list(samples[:timed]) if answer else [],
+        timed=list(samples[:timed]),
         probes=_distinct(samples)[:probes],
+        forced=forced,
+        timed_last=timed_last,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    with tempfile.TemporaryDirectory(prefix="vlmq-measure-") as work:
-        return _run(request, Path(work), progress)
+    return run(request, keep, progress)
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:
@@ -121,7 +157,8 @@ def _distinct(samples: Sequence[Sample]) -> list[Sample]:
     return list(first.values())
 
 
-def _run(request: Request, work: Path, progress: Callable[[int, int], None] | None) -> Measurement:
+def run(request: Request, work: Path, progress: Callable[[int, int], None] | None = None) -> Measurement:
+    """Have a worker do what is requested."""
     request.write(work / "request.json")
     # Like the `vlmq` script, and unlike a plain `python -m`, the worker imports nothing from the working directory.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
@@ -138,10 +175,11 @@ def _run(request: Request, work: Path, progress: Callable[[int, int], None] | No
                     progress(done, of)
         except BaseException:  # interrupted: leave nothing running
             process.kill()
+            process.wait()  # Popen itself waits a quarter of a second for it after Ctrl-C, which a busy machine exceeds
             raise
     if process.returncode:
         raise VlmqError(_fault(request, work, process.returncode, errors.read_text(errors="replace")))
-    return _read(work)
+    return Measurement.read(work)
 
 
 def _fault(request: Request, work: Path, code: int, errors: str) -> str:
@@ -151,12 +189,3 @@ def _fault(request: Request, work: Path, code: int, errors: str) -> str:
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
     how = f"was ended by signal {-code}, often for lack of memory" if code < 0 else "failed"
     return f"{request.folder}: the process that runs it in {request.engine} {how}: {last.strip()}"
-
-
-def _read(work: Path) -> Measurement:
-    found = json.loads((work / "found.json").read_text())
-    outputs: dict[str, np.ndarray] = {}
-    if (work / "outputs.npz").exists():
-        with np.load(work / "outputs.npz") as kept:
-            outputs = dict(kept)
-    return Measurement(**{**found, "memory": Memory(**found["memory"])}, outputs=outputs)

@@ -1,4 +1,7 @@
-"""A verdict as rows of text for a table, and as JSON for a program. Drawing the table is the command line's work."""
+"""A verdict as rows of text for a table, and as JSON for a program; `page.py` makes a page of it.
+
+Drawing the table is the command line's work.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq.exporter.evaluation.verify import BITS_WITH_MIN_COSINE, MIN_COSINE, Score, Side, Verdict
+from vlmq.exporter.evaluation.likeness import Likeness
+from vlmq.exporter.evaluation.speed import Speed
+from vlmq.exporter.evaluation.thresholds import THRESHOLDS
+from vlmq.exporter.evaluation.verify import Score, Side, Verdict
 
 REPORT = "report.json"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -22,24 +29,30 @@ class Row:
 
 
 def rows(verdict: Verdict) -> list[Row]:
-    """Answers, then outputs, then what the two models take."""
+    """Answers, then outputs, then what the models take."""
     answered = [_accuracy(kind, score) for kind, score in verdict.accuracy.items()]
-    agreed = Row("same greedy tokens", export=f"{100 * verdict.token_agreement:.1f} %")
-    alike = [
-        Row(f"cosine, {component} ({engine})", export=f"{value:.4f}")
-        for engine, found in verdict.cosine.items()
-        for component, value in found.items()
+    if verdict.export is not None:
+        answered.append(Row("same greedy tokens", export=f"{100 * verdict.token_agreement:.1f} %"))
+    alike = [row for engine, found in verdict.likeness.items() for row in _likeness(engine, found)]
+    weights = [
+        Row(f"tensors of the source found again ({kind})", export=str(count))
+        for kind, count in verdict.compared.items()
     ]
-    return [*answered, agreed, *alike, *_sizes(verdict), *_times(verdict.reference, verdict.export)]
+    takes = [row for side in _sides(verdict) for row in (*_memory(verdict.reference, side), *_times(verdict, side))]
+    return [*answered, *alike, *weights, *_sizes(verdict), *takes]
 
 
 def criterion(verdict: Verdict) -> str:
     """What the verdict rests on, in words."""
-    if verdict.accuracy:
-        return f"a drop of up to {verdict.max_drop:g} points is allowed at {verdict.bits} bits"
-    if verdict.bits < BITS_WITH_MIN_COSINE:
-        return f"no answers to score, and at {verdict.bits} bits no cosine is demanded: look at the table"
-    return f"no answers to score; each component's cosine to the reference must be at least {MIN_COSINE}"
+    demanded = sum(limit is not None for limit in verdict.thresholds.values())
+    drop = verdict.thresholds["max-drop"]
+    if verdict.accuracy and drop is not None:
+        return f"a drop of up to {drop:g} points is allowed at {verdict.bits} bits, and {demanded - 1} more thresholds"
+    return f"no answers to score; {demanded} thresholds at {verdict.bits} bits"
+
+
+def _sides(verdict: Verdict) -> list[Side]:
+    return [*([verdict.export] if verdict.export else []), *verdict.others]
 
 
 def _accuracy(kind: str, score: Score) -> Row:
@@ -52,13 +65,48 @@ def _accuracy(kind: str, score: Score) -> Row:
     )
 
 
+def _likeness(engine: str, found: Likeness) -> list[Row]:
+    changes = [
+        Row(
+            f"answers that {shown} images change ({engine})",
+            f"{before:.1f} %",
+            f"{after:.1f} %",
+            f"{after - before:+.1f}",
+        )
+        for shown, (before, after) in found.sensitivity.items()
+    ]
+    tokens = found.divergence
+    return [
+        Row(f"divergence, nats a token ({engine})", export=f"{tokens.kl:.4f}", difference=f"first {tokens.first:.4f}"),
+        Row(f"likeliest token in both ({engine})", export=f"{tokens.top1:.1f} %", difference=f"of {tokens.tokens}"),
+        *changes,
+        *[
+            Row(
+                f"cosine, {component} ({engine})",
+                export=f"{value:.4f}",
+                difference=f"error {100 * found.error[component]:.1f} %",
+            )
+            for component, value in found.cosine.items()
+        ],
+    ]
+
+
 def _sizes(verdict: Verdict) -> list[Row]:
-    before, after = verdict.reference, verdict.export
-    source = before.disk["safetensors"]
-    disk = [_smaller(f"weights on disk, {kind}", source, size) for kind, size in after.disk.items() if size]
+    """Whole formats, then their components."""
+    source = verdict.reference.disk["safetensors"]
+    whole = verdict.export.disk if verdict.export else {}
+    disk = [_smaller(f"weights on disk, {kind}", source, size) for kind, size in whole.items() if size]
+    parts = [
+        Row(f"of these {component} ({kind})", export=megabytes(size))
+        for kind, sizes in verdict.disk.items()
+        for component, size in sorted(sizes.items())
+    ]
+    return [*disk, *parts]
+
+
+def _memory(before: Side, after: Side) -> list[Row]:
     engines = f"{before.engine} / {after.engine}"
     return [
-        *disk,
         _smaller(f"memory of the model ({engines})", before.memory.model, after.memory.model),
         _smaller(f"process after loading ({engines})", before.memory.loaded, after.memory.loaded),
         _smaller(f"process at its peak ({engines})", before.memory.peak, after.memory.peak),
@@ -66,7 +114,7 @@ def _sizes(verdict: Verdict) -> list[Row]:
 
 
 def _smaller(label: str, before: int, after: int) -> Row:
-    return Row(label, _megabytes(before), _megabytes(after), _ratio(before, after, "smaller", "larger"))
+    return Row(label, megabytes(before), megabytes(after), _ratio(before, after, "smaller", "larger"))
 
 
 def _ratio(before: float, after: float, less: str, more: str) -> str:
@@ -75,25 +123,56 @@ def _ratio(before: float, after: float, less: str, more: str) -> str:
     return f"{before / after:.2f} x {less}" if after <= before else f"{after / before:.2f} x {more}"
 
 
-def _times(before: Side, after: Side) -> list[Row]:
-    if before.seconds_per_answer is None or after.seconds_per_answer is None:
+def _times(verdict: Verdict, after: Side) -> list[Row]:
+    """Medians, and the median over pairs of how much faster."""
+    before, found = verdict.reference, verdict.likeness.get(after.engine)
+    if not (before.speed and after.speed and found):
         return []
-    first, second = before.seconds_per_answer, after.seconds_per_answer
-    label = f"time per answer ({before.engine} / {after.engine})"
-    return [Row(label, f"{1000 * first:.1f} ms", f"{1000 * second:.1f} ms", _ratio(first, second, "faster", "slower"))]
+    faster = found.faster
+    engines = f"({before.engine} / {after.engine})"
+
+    def row(label: str, kind: str, show: str, scale: float = 1.0) -> Row:
+        one, two = (scale * getattr(speed, label) for speed in (before.speed, after.speed))
+        return Row(kind, show.format(one), show.format(two), _ratio(faster[KINDS[label]], 1.0, "faster", "slower"))
+
+    return [
+        row("seconds_per_answer", f"time per answer {engines}", "{:.1f} ms", 1000),
+        row("seconds_to_first_token", f"time to first token {engines}", "{:.1f} ms", 1000),
+        row("tokens_per_second", f"further tokens {engines}", "{:.0f} a second"),
+        row("images_per_second", f"images {engines}", "{:.0f} a second"),
+    ]
 
 
-def _megabytes(size: int) -> str:
+KINDS = {
+    "seconds_per_answer": "answer",
+    "seconds_to_first_token": "first_token",
+    "tokens_per_second": "token",
+    "images_per_second": "image",
+}
+
+
+def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
 def as_dict(verdict: Verdict) -> dict[str, object]:
-    """The verdict in values that JSON knows."""
-    return {"ok": verdict.ok, **asdict(verdict)}
+    """The verdict in values that JSON knows; medians instead of all seconds."""
+    content = asdict(verdict)
+    for side in (content["reference"], content["export"], *content["others"]):
+        if side and side["speed"]:
+            side["speed"] = _medians(Speed(**side["speed"]))
+    return {"ok": verdict.ok, **content}
+
+
+def _medians(speed: Speed) -> dict[str, float]:
+    return {label: getattr(speed, label) for label in KINDS}
 
 
 def write(verdict: Verdict, folder: Path) -> Path:
-    """Write `report.json` into the folder and return its path."""
+    """Write `report.json` and `report.html` into the folder, and return the path of the first."""
+    from vlmq.exporter.evaluation import page  # matplotlib and jinja2, which only whoever writes a page needs
+
     path = folder / REPORT
     path.write_text(json.dumps(as_dict(verdict), indent=1) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(page.render(verdict, rows(verdict), THRESHOLDS), encoding="utf-8")
     return path

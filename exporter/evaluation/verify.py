@@ -1,36 +1,30 @@
 """The verdict: does the exported model answer as the reference did?
 
-Both answer the same samples, each in processes of its own (`measure.py`), never two models in memory at once. The
-export is run in the engine its folder is meant for; its component outputs are compared in torch as well, where the
-vision tower can be seen by itself.
+First its files are audited against the source (`audit.py`). Then both models answer the same samples, each in
+processes of its own (`measure.py`), never two models in memory at once: the reference once, the export in each engine
+that its folder has files for. What every answer, output and tensor differs by meets its threshold (`thresholds.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.evaluation import vqa
-from vlmq.exporter.evaluation.components import cosine
+from vlmq.exporter.evaluation import thresholds, vqa
+from vlmq.exporter.evaluation.audit import Audit, audit
+from vlmq.exporter.evaluation.cache import reference_folder
+from vlmq.exporter.evaluation.examples import Example, examples
+from vlmq.exporter.evaluation.likeness import Likeness, likeness
 from vlmq.exporter.evaluation.measure import Measurement, Memory, measure
+from vlmq.exporter.evaluation.speed import Speed
 from vlmq.exporter.evaluation.statistics import PairedDifference, paired_difference
 from vlmq.exporter.progress import Progress
 from vlmq.exporter.runtime import Engine, engine_of
 from vlmq.exporter.samples import Sample, refuse_leakage
 from vlmq.formats import manifest
-from vlmq.formats.errors import FormatError
-
-# Points of accuracy that an export may lose, by the fewest bits of any of its weights. At 3 bits round-to-nearest
-# alone loses two to five on models with outlier channels; at 2 every method loses much, and the report is the point.
-MAX_DROP: Mapping[int, float] = {2: 100.0, 3: 5.0}
-MAX_DROP_FROM_4_BITS = 2.0
-
-# Without answers to score, a component whose outputs point elsewhere altogether is what can be told.
-MIN_COSINE = 0.8
-TURNED = {"vision": "vision", "language": "connector"}  # rotated component -> whose outputs lie in the turned stream
-BITS_WITH_MIN_COSINE = 4
 
 
 @dataclass(frozen=True)
@@ -44,14 +38,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the two models takes."""
+    """What one of the models takes, in one engine."""
 
     folder: str
     engine: Engine
     threads: int
-    disk: dict[str, int]  # bytes of weights by format: safetensors, onnx
+    disk: dict[str, int]  # bytes of weights by format: safetensors, onnx; each is a whole model
     memory: Memory
     seconds_per_answer: float | None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -60,77 +55,129 @@ class Verdict:
 
     samples: int
     images: int
-    bits: int  # the fewest of any quantized weight
+    bits: int  # the fewest of any quantized weight or rounded input
     accuracy: dict[str, Score]  # `overall`, then by answer type; empty without annotated answers
     token_agreement: float  # share of the answers whose tokens are identical
-    cosine: dict[str, dict[str, float]]  # engine -> component -> mean cosine of its outputs to the reference's
     reference: Side
-    export: Side
-    max_drop: float
-    misses: tuple[str, ...]
+    export: Side | None  # in the engine that the folder is meant for; None where it could not be run
+    likeness: dict[Engine, Likeness] = field(default_factory=dict)
+    others: tuple[Side, ...] = ()  # the export in the other engine
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)  # format -> block -> steps its weights are off
+    compared: dict[str, int] = field(default_factory=dict)  # tensors of the source found again, by format
+    disk: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by format and component
+    thresholds: thresholds.Limits = field(default_factory=dict)
+    misses: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     @property
     def ok(self) -> bool:
         return not self.misses
 
 
-def max_drop_at(bits: int) -> float:
-    """Points that an export with weights of so many bits may lose unless `--max-drop` says otherwise."""
-    return MAX_DROP.get(bits, MAX_DROP_FROM_4_BITS)
-
-
 def verify(
     folder: Path,
     reference: Path,
     samples: Sequence[Sample],
-    max_drop: float | None = None,
+    given: Mapping[str, float] | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> Verdict:
     """Compare the export in `folder` with the checkpoint it was made from, on samples it was not calibrated on.
 
     Samples with annotated answers are scored, and only they are answered; where none has any, all are answered and
-    compared. VlmqError for leakage, for no samples, and where a model cannot be run.
+    compared. given: thresholds that are not the defaults. cache: where the measurement of a reference is kept, and
+    taken from. VlmqError for leakage, for no samples, for an unknown threshold, and where the reference cannot be run.
     """
     made = manifest.read(folder)
-    samples = _to_answer(samples)
+    bits = fewest_bits(made)
+    limits = thresholds.limits(bits, given or {})
+    samples = to_answer(samples)
     if made.calibration:
         refuse_leakage(made.calibration.images_sha256.values(), samples)
-    engine = engine or engine_of(folder)
+    found, told = audited(folder, reference, given or {})
+    first = engine or engine_of(folder)
+    engines: list[Engine] = [first, *(other for other in _others(folder) if other != first)]
 
     def telling(stage: str) -> Callable[[int, int], None]:
         return lambda done, of: progress(stage, done, of) if progress else None
 
-    before = measure(reference, "torch", samples, progress=telling("reference"))
-    after = measure(folder, engine, samples, progress=telling("export"))
-    outputs = {engine: after.outputs}
-    if engine != "torch" and _weights(folder)["safetensors"]:
-        outputs["torch"] = measure(folder, "torch", samples, answer=False).outputs
+    with TemporaryDirectory(prefix="vlmq-verify-") as work:
+        with reference_folder(cache, reference, samples, Path(work)) as (kept, known):
+            before = known or measure(reference, "torch", samples, kept, timed_last=True, progress=telling("reference"))
+        verdict = Verdict(
+            samples=len(samples),
+            images=len({sample.image for sample in samples}),
+            bits=bits,
+            accuracy={},
+            token_agreement=0.0,
+            reference=_side(reference, before),
+            export=None,
+            weights=_by_block(found),
+            compared=found.compared,
+            disk=found.disk,
+            thresholds=limits,
+        )
+        failed = []
+        for each in engines:
+            into = Path(work) / each
+            into.mkdir()
+            try:
+                after = measure(
+                    folder,
+                    each,
+                    samples,
+                    into,
+                    answer=each == first,
+                    forced=before.shown.own,
+                    progress=telling("export" if each == first else f"export in {each}"),
+                )
+            except VlmqError as fault:
+                failed.append(f"runs: {fault}")
+                continue
+            verdict = _with(verdict, folder, samples, made, before, after, scored=each == first)
+    return replace(verdict, misses=(*told, *failed, *thresholds.judge(verdict)))
 
-    bits = min((record.bits for record in made.tensors.values()), default=16)
-    accuracy = compare_answers(samples, before, after)
-    turned = {TURNED[component] for component in made.recipe.get("rotate", ())}
-    cosines = {
-        name: {
-            component: cosine(before.outputs[component], output)
-            for component, output in found.items()
-            if component not in turned
-        }
-        for name, found in outputs.items()
-    }
-    allowed = max_drop_at(bits) if max_drop is None else max_drop
-    return Verdict(
-        samples=len(samples),
-        images=len({sample.image for sample in samples}),
-        bits=bits,
-        accuracy=accuracy,
-        token_agreement=_share_equal(before.tokens, after.tokens),
-        cosine=cosines,
-        reference=_side(reference, before),
+
+def audited(folder: Path, reference: Path, given: Mapping[str, float] | None = None) -> tuple[Audit, list[str]]:
+    """What an export's files are found to be, and the misses among that; neither model is run."""
+    found = audit(folder, reference)
+    tensors = manifest.read(folder).tensors
+    bits = {module: tensors[module].bits for distances in found.distances.values() for module in distances}
+    return found, [*map(str, found.faults), *thresholds.far_off(found.distances, bits, given or {})]
+
+
+def _with(
+    verdict: Verdict,
+    folder: Path,
+    samples: Sequence[Sample],
+    made: manifest.Manifest,
+    before: Measurement,
+    after: Measurement,
+    scored: bool,
+) -> Verdict:
+    """The verdict with one more engine's measurement in it; the one that answered all samples is `scored`."""
+    found = likeness(before, after, made.recipe.get("rotate", ()))
+    verdict = replace(verdict, likeness={**verdict.likeness, after.engine: found})
+    if not scored:
+        return replace(verdict, others=(*verdict.others, _side(folder, after)))
+    return replace(
+        verdict,
         export=_side(folder, after),
-        max_drop=allowed,
-        misses=(*_coverage(folder), *judge(accuracy, cosines, bits, allowed)),
+        accuracy=compare_answers(samples, before, after),
+        token_agreement=_share_equal(before.tokens, after.tokens),
+        examples=examples(samples, before, after),
     )
+
+
+def fewest_bits(made: manifest.Manifest) -> int:
+    found = [bits for record in made.tensors.values() for bits in (record.bits, record.inputs and record.inputs.bits)]
+    return min((bits for bits in found if bits), default=16)
+
+
+def _others(folder: Path) -> list[Engine]:
+    """The engines that the folder has files for."""
+    return (["torch"] if any(folder.glob("*.safetensors")) else []) + (["onnx"] if (folder / "onnx").is_dir() else [])
 
 
 def compare_answers(samples: Sequence[Sample], before: Measurement, after: Measurement) -> dict[str, Score]:
@@ -152,33 +199,19 @@ def compare_answers(samples: Sequence[Sample], before: Measurement, after: Measu
     return {kind: score(members) for kind, members in places.items()}
 
 
-def judge(
-    accuracy: Mapping[str, Score], cosines: Mapping[str, Mapping[str, float]], bits: int, max_drop: float
-) -> list[str]:
-    """One line for every threshold missed."""
-    if accuracy:
-        drop = -accuracy["overall"].difference.points
-        return [f"accuracy fell by {drop:.2f} points, more than the {max_drop:g} allowed"] if drop > max_drop else []
-    if bits < BITS_WITH_MIN_COSINE:
-        return []
-    return [
-        f"{component}: its outputs in {engine} have a cosine of {value:.3f} to the reference's, less than {MIN_COSINE}"
-        for engine, found in cosines.items()
-        for component, value in found.items()
-        if value < MIN_COSINE
-    ]
+def _by_block(audited: Audit) -> dict[str, dict[str, float]]:
+    """Root mean squares over the linears of each block."""
+    found: dict[str, dict[str, float]] = {}
+    for kind, distances in audited.distances.items():
+        blocks: dict[str, list[float]] = {}
+        for module, distance in distances.items():
+            blocks.setdefault(audited.blocks[module], []).append(distance.error)
+        found[kind] = {block: sum(each) / len(each) for block, each in blocks.items()}
+    return found
 
 
-def _coverage(folder: Path) -> list[str]:
-    """What the files lack of the manifest, or have besides."""
-    try:
-        manifest.coverage(folder)
-    except FormatError as fault:
-        return [str(fault)]
-    return []
-
-
-def _to_answer(samples: Sequence[Sample]) -> list[Sample]:
+def to_answer(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that are scored, or all of them, without their captions, where none is."""
     scored = [sample for sample in samples if sample.answers and sample.kind != "caption"]
     chosen = scored or [Sample(sample.id, sample.image, sample.kind, sample.text) for sample in samples]
     if not chosen:
@@ -191,7 +224,9 @@ def _share_equal(first: list[list[int]], second: list[list[int]]) -> float:
 
 
 def _side(folder: Path, found: Measurement) -> Side:
-    return Side(folder.name, found.engine, found.threads, _weights(folder), found.memory, found.seconds_per_answer)
+    return Side(
+        folder.name, found.engine, found.threads, _weights(folder), found.memory, found.seconds_per_answer, found.speed
+    )
 
 
 def _weights(folder: Path) -> dict[str, int]:

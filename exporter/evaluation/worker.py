@@ -6,27 +6,28 @@ WORK/outputs.npz, or WORK/refusal with one line for a person.
 
 import contextlib
 import gc
-import json
 import os
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.answers import answer_all, images_of
-from vlmq.exporter.evaluation.components import outputs_of
-from vlmq.exporter.evaluation.measure import Request
+from vlmq.exporter.evaluation.components import blocks_of, outputs_of
+from vlmq.exporter.evaluation.measure import COMPARED, Measurement, Memory, Request
 from vlmq.exporter.evaluation.memory import forget_peak, peak, resident
+from vlmq.exporter.evaluation.sensitivity import Shown, shown
+from vlmq.exporter.evaluation.speed import Speed, speed_of
 from vlmq.exporter.runtime import Engine, open_processor, open_vlm, without_torch
-from vlmq.exporter.samples import prompt_of
+from vlmq.exporter.samples import Templates, prompt_of
 from vlmq.formats.errors import FormatError
 
 BATCH_BYTES = 2 * 1024**3
 PROMPT_TOKENS = 64
+WARMING = 8  # answers, one at a time, that the peak is of; after them nothing is new to the engine
 
 
 def import_everything(folder: Path, engine: Engine) -> None:
@@ -45,7 +46,7 @@ def import_everything(folder: Path, engine: Engine) -> None:
     gc.collect()
 
 
-def work(request: Request, here: Path, said: TextIO) -> None:
+def work(request: Request, tell: Callable[[int, int], None] = lambda done, of: None) -> Measurement:
     """Everything asked for, in the order in which it disturbs the measurements least."""
     folder = Path(request.folder)
     import_everything(folder, request.engine)
@@ -61,31 +62,50 @@ def work(request: Request, here: Path, said: TextIO) -> None:
     loaded = resident()
 
     forget_peak()
-    seconds = []
-    for sample in [*request.timed[:2], *request.timed]:  # two to warm up
-        start = time.perf_counter()
+    for sample in request.timed[:WARMING]:
         answer_all(vlm, [sample], family, 1, request.max_new_tokens)
-        seconds.append(time.perf_counter() - start)
     highest = peak()
 
-    def tell(done: int, of: int) -> None:
-        said.write(f"{done} {of}\n")
-        said.flush()
+    def timed() -> Speed | None:
+        if not request.timed:
+            return None
+        prompts = [prompt_of(sample, family) for sample in request.timed]
+        return speed_of(vlm, images_of(request.timed), prompts, request.max_new_tokens)
 
+    speed = None if request.timed_last else timed()
     batch_size = fitting(config, request.batch_size)
     answers = answer_all(vlm, request.samples, family, batch_size, request.max_new_tokens, tell)
-    if request.probes:
-        prompts = [prompt_of(sample, family) for sample in request.probes]
-        np.savez(here / "outputs.npz", **outputs_of(vlm, images_of(request.probes), prompts))
-    found = {
-        "engine": request.engine,
-        "texts": [answer.text for answer in answers],
-        "tokens": [list(answer.tokens) for answer in answers],
-        "memory": {"imported": imported, "loaded": loaded, "peak": highest},
-        "seconds_per_answer": statistics.median(seconds[2:]) if request.timed else None,
-        "threads": _threads(request.engine),
-    }
-    (here / "found.json").write_text(json.dumps(found))
+    looks, lengths, outputs = _look(vlm, request, family, batch_size)
+    return Measurement(
+        engine=request.engine,
+        texts=[answer.text for answer in answers],
+        tokens=[list(answer.tokens) for answer in answers],
+        memory=Memory(imported, loaded, highest),
+        speed=timed() if request.timed_last else speed,
+        threads=_threads(request.engine),
+        shown=looks,
+        lengths=lengths,
+        outputs=outputs,
+    )
+
+
+def _look(
+    vlm: Any, request: Request, templates: Templates, batch_size: int
+) -> tuple[Shown, list[int], dict[str, np.ndarray]]:
+    """The probes, closely: what other images change, the positions of each answer, and outputs by name."""
+    if not request.probes:
+        return Shown([], [], []), [], {}
+    prompts = [prompt_of(sample, templates) for sample in request.probes]
+    images = images_of(request.probes)
+    looks = shown(vlm, images, prompts, batch_size, request.max_new_tokens)
+    answers = looks.own if request.forced is None else request.forced
+    logits: list[np.ndarray] = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        logits += vlm.forced_logits(images[part], prompts[part], answers[part])
+    outputs = outputs_of(vlm, images[:COMPARED], prompts[:COMPARED])
+    outputs |= {f"block:{name}": states for name, states in blocks_of(vlm, images, prompts).items()}
+    return looks, [len(rows) for rows in logits], {**outputs, "logits": np.concatenate(logits)}
 
 
 def fitting(config: Any, wanted: int) -> int:
@@ -119,9 +139,14 @@ def main() -> int:
     if request.engine == "onnx":
         without_torch()  # as where people deploy: the graphs need none of it
     said = sys.stdout
+
+    def tell(done: int, of: int) -> None:
+        said.write(f"{done} {of}\n")
+        said.flush()
+
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not look like progress
-            work(request, here, said)
+            work(request, tell).write(here)
     except (VlmqError, FormatError) as fault:
         (here / "refusal").write_text(str(fault))
         return 2
