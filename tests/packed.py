@@ -59,7 +59,7 @@ def packed_folder(
         manifest.Manifest(
             vlmq="0",
             source=manifest.source(source, variant),
-            family=variant,
+            family="blip-2" if variant.startswith("blip2") else "llava",
             recipe={},
             tensors=records,
             kept=kept,
