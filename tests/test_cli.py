@@ -365,7 +365,8 @@ def test_the_help_names_every_method_and_every_default(vlmq, monkeypatch):
         assert default in words
 
 
-PLAIN = ("--method", "rtn", "--group-size", 32, "--no-verify", "--no-gate")
+GRID = ("--method", "rtn", "--group-size", 32)
+PLAIN = (*GRID, "--no-verify", "--no-gate")
 
 
 def test_graphs_alone_end_with_their_folder_and_no_sizes_of_what_is_not_there(vlmq, tiny_folders, tmp_path):
@@ -409,6 +410,6 @@ def test_what_is_inspected_is_what_is_exported(flags, vlmq, tiny_folders, pictur
     code, _, err = vlmq("export", folder, *PLAIN, *flags, "--format", "safetensors", "-o", tmp_path / "out")
     assert code == 0, err
     recipe = [flag for flag in flags if flag not in ("--calibration", pictures, "--samples", 4)]
-    _, out, _ = vlmq("inspect", folder, *PLAIN[:-1], *recipe, "--json")
+    _, out, _ = vlmq("inspect", folder, *GRID, *recipe, "--json")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert json.loads(out)["after"] == sum(tensor.nbytes for tensor in tensors.values())

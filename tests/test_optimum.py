@@ -18,10 +18,11 @@ needs_optimum = pytest.mark.skipif(INSTALLED is None, reason="optimum is not ins
 
 @pytest.fixture
 def optimum_cli(tmp_path):
-    """The real optimum-cli beside vlmq's module, laid out as a wheel installs it: (exit code, stdout, stderr)."""
-    place = tmp_path / "site" / "optimum" / "commands" / "register"
-    place.mkdir(parents=True)
-    shutil.copy(MODULE, place)
+    """The real optimum-cli beside vlmq's module: as it is installed, or laid out so: (exit code, stdout, stderr)."""
+    if importlib.util.find_spec("optimum.commands.register.vlmq") is None:
+        place = tmp_path / "site" / "optimum" / "commands" / "register"
+        place.mkdir(parents=True)
+        shutil.copy(MODULE, place)
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def run(*arguments):
