@@ -296,7 +296,7 @@ def test_the_command_names_its_output_says_what_it_did_and_ends_with_2_on_a_mist
     code, _, err = vlmq("convert", tmp_path / "here.source", "--to", "awq")
     assert (code, "name a folder that vlmq export wrote" in err) == (2, True)
     code, out, _ = vlmq("convert", "here", "--to", "gptq", "-o", "there", "--json")
-    assert json.loads(out) == {"folder": "there", "note": None}
+    assert json.loads(out) == {"folder": "there", "note": None, "misses": []}
     assert vlmq("convert", "here", "--to", "gguf")[0] == 2
     assert vlmq("convert", "here")[0] == 2
 
