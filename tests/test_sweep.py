@@ -409,6 +409,7 @@ def test_without_ray_one_line_says_what_to_install(vlmq, arguments, product, tmp
     code, _, err = vlmq("sweep", *arguments(product, tmp_path / "out"), "--engine", "ray")
     assert (code, err.count("\n")) == (2, 1)
     assert "pip install 'vlmq[ray]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_another_sweep_is_refused_and_left_as_it_was(vlmq, arguments, product, tmp_path, questions):

@@ -26,14 +26,29 @@ Each = Callable[[Sequence[Task]], Iterator[tuple[Task, Outcome]]]
 def engine(
     name: EngineName, work: Work[Task], workers: int, address: str | None = None
 ) -> AbstractContextManager[Each[Task]]:
-    """A context that gives a function from tasks to their outcomes."""
+    """A context that gives a function from tasks to their outcomes; of what `refuse` lets pass."""
+    if name == "ray":
+        return _ray(work, workers, address)
+    return _inline(work) if workers == 1 else _processes(work, workers)
+
+
+def refuse(name: EngineName, workers: int, address: str | None) -> None:
+    """VlmqError for an engine that cannot be."""
     if workers < 1:
         raise VlmqError(f"--workers {workers}: at least one is needed")
     if address and name != "ray":
         raise VlmqError(f"--ray-address {address}: no use without --engine ray; add it")
     if name == "ray":
-        return _ray(work, workers, address)
-    return _inline(work) if workers == 1 else _processes(work, workers)
+        _import_ray()
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise VlmqError(f"--engine ray: not installed ({error}); run `pip install 'vlmq[ray]'`") from error
+    return ray
 
 
 def attempt(work: Work[Task], task: Task) -> Outcome:
@@ -75,11 +90,7 @@ def _ray(work: Work[Task], workers: int, address: str | None) -> Iterator[Each[T
 
     Without an address a cluster of `workers` cores is started here, and ends with the sweep.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise VlmqError(f"--engine ray: not installed ({error}); run `pip install 'vlmq[ray]'`") from error
+    ray = _import_ray()
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)

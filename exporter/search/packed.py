@@ -117,7 +117,8 @@ class Scorer:
         order = sorted(range(len(asked)), key=lambda image: -lengths[image])
         for begin in range(0, len(order), IMAGES):
             images = order[begin : begin + IMAGES]
-            rows, ends = [], []
+            rows: list[list[tuple[int, int, int]]] = []
+            ends: list[list[int]] = []
             for image in images:
                 row = [(token, SHARED, position) for position, token in enumerate(shared)]
                 ends.append([])
@@ -131,14 +132,16 @@ class Scorer:
                 rows.append(row)
             longest = max(map(len, rows))
             padded = [row + [(padding, NOTHING, 0)] * (longest - len(row)) for row in rows]
-            yield Packed(images, [asked[image] for image in images], *torch.tensor(padded).unbind(-1), ends)
+            tokens, segments, positions = torch.tensor(padded).unbind(-1)
+            yield Packed(images, [asked[image] for image in images], tokens, segments, positions, ends)
 
     @torch.inference_mode()
     def score(self, model: PreTrainedModel) -> Scores:
         """Everything about all of the questions, in their order."""
         features = self._features(model)
         tokens: list[list[int]] = [[] for _ in self.samples]
-        logits = np.empty((len(self.samples), model.get_submodule(self.head).weight.shape[0]), np.float32)
+        vocabulary = len(model.get_parameter(f"{self.head}.weight"))
+        logits = np.empty((len(self.samples), vocabulary), np.float32)
         for batch in self.batches:
             self._answer(model, batch, features, tokens, logits)
         texts = [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
@@ -148,12 +151,13 @@ class Scorer:
     def _features(self, model: PreTrainedModel) -> Tensor:
         """(images, image tokens, width), kept for models of equal vision encoder and connector."""
         key = self._fingerprint(model)
-        if key in self.features:
+        if key is not None and key in self.features:
             self.features.move_to_end(key)
             return self.features[key]
         parts = []
         for start in range(0, len(self.pixels), PIXELS):
-            found = model.get_image_features(self.pixels[start : start + PIXELS], return_dict=True).pooler_output
+            some = self.pixels[start : start + PIXELS]
+            found = model.get_image_features(some, return_dict=True).pooler_output  # type: ignore[operator]
             parts.append(found if isinstance(found, Tensor) else torch.stack(list(found)))
         features = torch.cat(parts)
         if key is not None:

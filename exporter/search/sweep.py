@@ -21,9 +21,9 @@ from vlmq.exporter.progress import Progress
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.samples import COUNT, Sample, image_digests
-from vlmq.exporter.search import tables
+from vlmq.exporter.search import engines, tables
 from vlmq.exporter.search.bench import Bench
-from vlmq.exporter.search.engines import Each, EngineName, Outcome, engine
+from vlmq.exporter.search.engines import Each, EngineName, Outcome
 from vlmq.exporter.search.grid import configurations, read_grid
 from vlmq.exporter.search.ledger import ATTEMPTS, Ledger, opened
 from vlmq.exporter.search.pieces import Piece, Planned, plan
@@ -105,7 +105,7 @@ class Measure:
 def sweep(request: Request, progress: Progress = lambda what, done, of: None) -> Swept:
     """Measure what is not measured yet, and write tables and plots; VlmqError, before any work, for bad input."""
     grid = read_grid(request.grid)
-    running = partial(engine, request.engine, workers=request.workers, address=request.address)
+    engines.refuse(request.engine, request.workers, request.address)
     checkpoint = open_checkpoint(request.model, request.revision)
     found = configurations(grid, walk(checkpoint.skeleton(), checkpoint.family), request.grid)
     rotations = {make_recipe(each.recipe).rotate for each in found if each.recipe}
@@ -129,7 +129,8 @@ def sweep(request: Request, progress: Progress = lambda what, done, of: None) ->
         job = Job(request.model, request.revision, rotated, request.task, calibrated, asked, ledger.pieces)
         distinct = {each.key: each for each in planned}
         if any(ledger.is_open(key) for key in distinct):
-            with running(partial(perform, job)) as each:
+            work = partial(perform, job)
+            with engines.engine(request.engine, work, request.workers, request.address) as each:
                 _measure(list(distinct.values()), ledger, each, request.sequential, progress)
         rows = [tables.row(each, ledger.scores[each.key]) for each in planned if each.key in ledger.scores]
         files = tables.write(rows, request.output, checkpoint.family.name) if rows else ()
