@@ -87,7 +87,7 @@ def allocate(request: Request, progress: Progress = lambda what, done, of: None)
         raise VlmqError("recipe: --qkv v-only stores fused projections dense, so bits save nothing; choose another")
     if not is_chosen_for(walk, base):
         raise VlmqError("recipe: every linear of a block is left at 16 bits, so there are no bits to choose")
-    assignments = {choice: _at(choice, request.recipe, walk, base) for choice in _choices(request)}
+    assignments = _assignments(request, walk, base)
     sites = [site for site in walk.sites if site.kind not in ("embedding", "head")]
     width = stored_dtype(checkpoint).itemsize
     weights = sum(site.rows * site.columns for site in sites)
@@ -119,6 +119,7 @@ def allocate(request: Request, progress: Progress = lambda what, done, of: None)
             raise VlmqError(f"--budget {request.budget}: has room for every linear at 16 bits; give less")
         recipe = with_rules(request.recipe, walk, chosen)
         final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
+        refuse_for_format(final, request.formats)
         _check(final, assignments, chosen)
         measured = measurer.divergence(recipe)
     linears = solution.bytes + pinned
@@ -155,6 +156,22 @@ def in_words(found: Allocated) -> tuple[str, ...]:
 def _choices(request: Request) -> list[Choice]:
     bits = BITS if request.formats == "safetensors" else IN_GRAPHS
     return [Choice(width, group) for width in bits for group in (request.groups or (None,))]
+
+
+def _assignments(request: Request, walk: Walk, base: Assignment) -> dict[Choice, Assignment]:
+    """Every choice that the recipe's consumer can load; VlmqError where it can load none."""
+    found: dict[Choice, Assignment] = {}
+    refused: VlmqError | None = None
+    for choice in _choices(request):
+        try:
+            found[choice] = _at(choice, request.recipe, walk, base)
+        except VlmqError as error:
+            if request.recipe.consumer == "any":
+                raise
+            refused = error
+    if refused and not found:
+        raise refused
+    return found
 
 
 def _at(choice: Choice, recipe: Recipe, walk: Walk, base: Assignment) -> Assignment:

@@ -18,9 +18,10 @@ from vlmq.exporter.search.grid import Configuration
 from vlmq.exporter.search.pieces import Piece, plan
 from vlmq.exporter.search.rules import with_rules
 from vlmq.exporter.search.sensitivity import Item
+from vlmq.exporter.settings import FULL
 from vlmq.exporter.walk import Walk
 
-MEASURED = (2, 4)  # bits: where answers change much, and where they begin to
+BEGINNING = 4  # bits where answers begin to change; besides them the fewest, where they change much
 LEAST = 1e-3  # of a factor: what was measured as nothing, or less for rounding, still costs something
 
 
@@ -54,8 +55,10 @@ class Measurer:
         """Of every component that has items."""
         components = list(dict.fromkeys(item.component for item in items))
         found: dict[Component, dict[int, float]] = {component: {} for component in components}
-        done, total = 0, len(components) * len(MEASURED)
-        for bits in MEASURED:
+        offered = sorted({choice.bits for choice in items[0].cost} - {FULL})
+        widths = sorted({offered[0], min(offered, key=lambda bits: abs(bits - BEGINNING))})
+        done, total = 0, len(components) * len(widths)
+        for bits in widths:
             choice = next(choice for choice in items[0].cost if choice.bits == bits)
             recipe = with_rules(self.recipe, self.walk, {name: choice for item in items for name in item.sites})
             for piece in self._pieces(recipe):
