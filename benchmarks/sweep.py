@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,11 +27,13 @@ import yaml
 from vlmq.exporter.calibration import prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.data import demo_folder
-from vlmq.exporter.evaluation.measure import measure
+from vlmq.exporter.evaluation.answers import answer_all
 from vlmq.exporter.evaluation.statistics import paired_difference
 from vlmq.exporter.pipeline import Request as Export
 from vlmq.exporter.pipeline import export
 from vlmq.exporter.recipe import make_recipe
+from vlmq.exporter.runtime import open_vlm
+from vlmq.exporter.samples import Sample
 from vlmq.exporter.search import allocate, sweep
 from vlmq.exporter.search.grid import Configuration
 from vlmq.exporter.search.packed import Scorer
@@ -45,7 +48,7 @@ DEMOS = ("blip2-mini", "llava-mini")
 
 
 def cost(options: argparse.Namespace) -> dict[str, Any]:
-    """Wall and processor seconds of the sweep and of one export with its evaluation, in processes of their own kind.
+    """Wall seconds of the sweep, and of one export with its evaluation, all in this process.
 
     The export is the sweep's counterpart with the least to do: safetensors alone, one set of questions.
     """
@@ -93,9 +96,9 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _evaluate(folder: Path, asked: Any) -> None:
-    """One model asked everything, as `vlmq verify` asks an export: in a process of its own."""
-    measure(folder, "torch", asked, timed=0, probes=0)
+def _evaluate(folder: Path, asked: Sequence[Sample]) -> None:
+    """An export asked everything, as `vlmq verify` and `vlmq evaluate` ask one: prompts in batches."""
+    answer_all(open_vlm(folder, "torch"), asked, open_checkpoint("blip2-mini").family)
 
 
 def allocation(options: argparse.Namespace) -> list[dict[str, Any]]:
