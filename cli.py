@@ -567,6 +567,146 @@ def importance(
         typer.echo(f"{output}: importance.json, consensus.png, measures.png")
 
 
+Task = Annotated[str, typer.Option(help="What models are scored by: vqa.")]
+Calibrated = Annotated[
+    str | None,
+    typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  \\[default: the demo's; flickr30k]"),
+]
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, a Hub id (user/name), or a demo.")],
+    grid: Annotated[Path, typer.Option(help="What is tried (YAML). See docs/sweep.md.")],
+    output: Annotated[
+        Path, typer.Option("--out", "--output", "-o", help="Folder of the sweep; it goes on from there.")
+    ],
+    task: Task = "vqa",
+    calibration: Calibrated = None,
+    samples: NumberOfSamples = 128,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    data: Data = None,
+    questions: Annotated[
+        int | None, typer.Option(help="How many samples of --data are asked, from the first.  \\[default: all]", min=1)
+    ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Calibrate each component on the quantized ones before it, as export does."),
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes, of one thread each; 1: this one.")] = 1,
+    engine: Annotated[Literal["process", "ray"], typer.Option(help="Where the work is done.")] = "process",
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, such as auto.  \\[default: one of --workers cores, here]")
+    ] = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score every configuration of a grid, with nothing quantized or scored twice; write tables and plots.
+
+    A sweep that was stopped, however it was, goes on where it was when the same command is given again. Exit 1: some
+    configuration failed, twice.
+    """
+    from vlmq.exporter.search.sweep import Request
+    from vlmq.exporter.search.sweep import sweep as run_sweep
+
+    request = Request(
+        model=model,
+        grid=grid,
+        output=output,
+        task=task,
+        revision=revision,
+        calibration=calibration,
+        samples=samples,
+        seed=seed,
+        data=data,
+        questions=questions,
+        sequential=sequential,
+        workers=workers,
+        engine=engine,
+        address=ray_address,
+    )
+    with _bars(as_json) as progress:
+        done = run_sweep(request, progress)
+    for name, message in done.failures.items():
+        typer.echo(f"vlmq: warning: {name}: {message}", err=True)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({**asdict(done), "folder": str(done.folder)})
+    else:
+        typer.echo(
+            f"{done.folder}: {len(done.rows)} rows, {done.distinct} distinct configurations of {done.pieces} "
+            f"quantized components; {', '.join(done.files)}"
+        )
+    if done.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_takes_recipe
+def allocate(
+    recipe: Any,
+    model: Model = DEFAULT_MODEL,
+    budget: Annotated[
+        str, typer.Option(help="3.8bpw (of the blocks' linears), 40% (of all weights' bytes) or 2GiB (of all weights).")
+    ] = "4bpw",
+    output: Annotated[Path | None, typer.Option("--output", "--out", "-o", help="Recipe to write.")] = None,
+    task: Task = "vqa",
+    groups: Annotated[
+        str | None, typer.Option(help="Group sizes to choose from too, such as 32,64,128.  \\[default: the recipe's]")
+    ] = None,
+    format: Annotated[
+        Literal["safetensors", "onnx", "both"], typer.Option(help="What the export is to be: graphs hold 2, 4, 8 bits.")
+    ] = "safetensors",
+    calibration: Calibrated = None,
+    samples: NumberOfSamples = 128,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn, and answers.")] = 0,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose bits for every linear within a budget, where they matter most; print or write a recipe for export.
+
+    The recipe flags say method and grids. What they leave at 16 bits stays there; other bits are chosen anew.
+    """
+    import yaml
+
+    from vlmq.exporter.errors import VlmqError
+    from vlmq.exporter.search.allocate import Request, in_words
+    from vlmq.exporter.search.allocate import allocate as run_allocate
+
+    if output and output.exists():
+        raise VlmqError(f"{output}: exists already; choose another --output or remove it")
+    if output and not output.parent.is_dir():
+        raise VlmqError(f"{output.parent}: no such folder; create it or choose another --output")
+    sizes = tuple(_group(each) for each in groups.split(",")) if groups else ()
+    request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, seed)
+    with _bars(as_json) as progress:
+        found = run_allocate(request, progress)
+    content = found.recipe.content()
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+    words = in_words(found)
+    if output:
+        part = output.with_name(f".{output.name}.part")
+        part.write_text("".join(f"# {line}\n" for line in words) + text, encoding="utf-8")
+        part.rename(output)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({**asdict(found), "recipe": content})
+        return
+    if not output:
+        typer.echo(text, nl=False)
+    for line in (*words, *([str(output)] if output else [])):
+        typer.echo(line, err=not output)
+
+
+def _group(text: str) -> int:
+    """32, row, tensor: a group size as recipes have it."""
+    from vlmq.exporter.recipe import make_recipe
+
+    return make_recipe({"group_size": text.strip()}, "--groups").group_size
+
+
 def _recipe(file: Path | None, flags: dict[str, Any]) -> "Recipe":
     """Flags laid over the recipe file, if there is one."""
     from vlmq.exporter.recipe import make_recipe, read_recipe

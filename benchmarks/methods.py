@@ -34,7 +34,6 @@ import table
 import torch
 from cells import read
 from configurations import REFERENCE, Row, rows
-from scoring import Scorer, Scores
 
 from vlmq.exporter.calibration import Inputs, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
@@ -43,6 +42,7 @@ from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.load import load
 from vlmq.exporter.recipe import make_recipe
+from vlmq.exporter.search.packed import Scorer, Scores
 from vlmq.exporter.simulate import simulate_batches
 from vlmq.exporter.solving import Solved
 from vlmq.formats.compressed_tensors import packed_bytes
@@ -137,12 +137,14 @@ def measure(row: Row) -> dict[str, Any]:
 
 def _figures(scores: Scores, reference: np.ndarray, image: np.ndarray) -> dict[str, Any]:
     """right: a bit a question, and divergences: a float16 an image, both as base64; table.py reads them."""
+    if not np.isin(scores.right, (0, 1)).all():
+        raise ValueError("annotators who disagree; only answers that are right or wrong can be kept as bits")
     found = common.divergences(reference, scores.logits.astype(np.float64))
     by_image = np.bincount(image, found) / np.bincount(image)
     return {
         "accuracy": 100 * float(scores.right.mean()),
         "divergence": float(found.mean()),
-        "right": b64encode(np.packbits(scores.right).tobytes()).decode(),
+        "right": b64encode(np.packbits(scores.right.astype(bool)).tobytes()).decode(),
         "divergences": b64encode(by_image.astype(np.float16).tobytes()).decode(),
     }
 

@@ -51,7 +51,7 @@ class Journal:
     def blocks(self, blocks: Sequence[Block], schemes: Schemes) -> Iterator[QuantizedBlock]:
         """The finished ones, of those that the walk has."""
         for index in range(self.done):
-            yield _read_block(self._file(index), blocks[index], schemes)
+            yield read_block(self._file(index), blocks[index], schemes)
 
     def step(self, finished: Sequence[QuantizedBlock], state: State | None) -> None:
         """Blocks that follow those that are done, and the names of the files that `activations` saved behind them."""
@@ -60,7 +60,7 @@ class Journal:
         workers.wait()
         if not workers.rank():
             for index, block in enumerate(finished, start=self.done):
-                _write_block(block, self._file(index))
+                write_block(block, self._file(index))
             sync(self.folder / "blocks")
             _write(self.folder / "state.json", {"done": self.done + len(finished), "state": state})
         workers.wait()  # before anything that the last state names is removed
@@ -143,7 +143,7 @@ def _claim(folder: Path, identity: dict[str, Any], output: Path) -> None:
         )
 
 
-def _write_block(found: QuantizedBlock, file: Path) -> None:
+def write_block(found: QuantizedBlock, file: Path) -> None:
     """Everything of a block but its schemes, which the recipe says."""
     tensors: dict[str, Tensor] = {f"{name} changed": tensor for name, tensor in found.changed.items()}
     said = {}
@@ -162,7 +162,8 @@ def _write_block(found: QuantizedBlock, file: Path) -> None:
     part.rename(file)
 
 
-def _read_block(file: Path, block: Block, schemes: Schemes) -> QuantizedBlock:
+def read_block(file: Path, block: Block, schemes: Schemes) -> QuantizedBlock:
+    """What `write_block` wrote; `schemes` are those of its sites. VlmqError where the file is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             said = json.loads(opened.metadata()["sites"])

@@ -41,7 +41,7 @@ from vlmq.exporter.walk import Site, Walk
 from vlmq.exporter.yaml_files import read_yaml
 from vlmq.kernels.grid import ROW, TENSOR, Grid
 
-__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format"]
+__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format", "thirds_of"]
 
 WIDTHS = (256, 128, 64, 32, 16)  # of groups, what `indivisible: shrink` chooses from
 UNIFORM = "uniform"  # has one grid only: asymmetric, for the whole tensor (paper 002, A.1)
@@ -86,14 +86,12 @@ class Recipe(Settings):
         said["options"] = self.options.model_dump(mode="json")
         return said | {key: said.get(key) for key in ("head", "embedding")}
 
-    def assign(self, walk: Walk) -> Assignment:
-        """Give every site its scheme; VlmqError, before any work, for what matches nothing or cannot be."""
-        thirds = {
-            site.name: _third(block.index, len(stage))
-            for stage in walk.stages
-            for block in stage
-            for site in block.sites
-        }
+    def assign(self, walk: Walk, nothing: bool = False) -> Assignment:
+        """Give every site its scheme; VlmqError, before any work, for what matches nothing or cannot be.
+
+        nothing: whether a recipe may leave every linear alone, as one row of a sweep does.
+        """
+        thirds = thirds_of(walk)
         self._check_selectors(walk, thirds)
         schemes: dict[str, Scheme] = {}
         left = consumers.left_alone(self.consumer, walk)
@@ -105,7 +103,7 @@ class Recipe(Settings):
                 kept[site.name] = found
             else:
                 schemes[site.name] = found
-        if not schemes:
+        if not schemes and not nothing:
             raise VlmqError(
                 "recipe: every linear is left at 16 bits, so nothing would change; give --bits 8 or fewer, or give a "
                 "component bits of its own"
@@ -215,6 +213,13 @@ class Recipe(Settings):
             return None
         parts = ("v",) if self.qkv == "v-only" else site.parts
         return tuple(site.part_rows(part) for part in parts)
+
+
+def thirds_of(walk: Walk) -> dict[str, Third]:
+    """In which third of its stage's blocks each site is."""
+    return {
+        site.name: _third(block.index, len(stage)) for stage in walk.stages for block in stage for site in block.sites
+    }
 
 
 def _third(index: int, count: int) -> Third:

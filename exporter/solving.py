@@ -106,7 +106,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
     for entry in block.inputs:
         seen = statistics.pop(0)  # its memory is free for the next
         names = [site.name for site in entry.sites if site.name in schemes]
-        weights = _solve(names, given, seen)
+        weights = solve_input(names, given, seen)
         for name, weight in weights.items():
             solved[name] = _solved(name, weight, given, seen, folded[name])
             if seen is not None and _is_searched(name, given):
@@ -193,7 +193,7 @@ def _as_if_scaled(names: list[str], given: Given, scale: Tensor) -> Iterator[Non
             parameter.copy_(weight)
 
 
-def _solve(names: list[str], given: Given, seen: Statistics | None) -> dict[str, QuantizedWeight | Tensor]:
+def solve_input(names: list[str], given: Given, seen: Statistics | None) -> dict[str, QuantizedWeight | Tensor]:
     """Codes for the linears that read one input; those with the same scheme are stacked into one solve."""
     pieces = [(name, rows) for name in names for rows in _rows(given, name)]
     parts: dict[str, list[QuantizedWeight]] = {name: [] for name in names}

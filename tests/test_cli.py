@@ -19,7 +19,7 @@ from vlmq.exporter.recipe import make_recipe
     "command",
     [
         *("export", "verify", "evaluate", "convert", "push", "run"),
-        *("inspect", "plan", "importance", "recipe", "recipe show"),
+        *("inspect", "plan", "importance", "sweep", "allocate", "recipe", "recipe show"),
     ],
 )
 def test_help_loads_nothing_that_takes_time(command):

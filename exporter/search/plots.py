@@ -48,7 +48,7 @@ def consensus(found: Sequence[Importance]) -> Figure:
     axis.set_xticks(range(len(found)), [importance.name for importance in found])
     axis.set_xlim(-GROUP, len(found) - 1 + GROUP)
     _finish(axis, f"What {found[0].target} hangs on: consensus of three measures", "share of importance, %")
-    _legend(figure, axis)
+    legend(figure, axis)
     return figure
 
 
@@ -72,7 +72,7 @@ def measures(found: Sequence[Importance]) -> Figure:
         _finish(
             axis, f"{importance.name}, {importance.target}", "share of importance, %" if place % across == 0 else ""
         )
-    _legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0])
     return figure
 
 
@@ -108,7 +108,8 @@ def _finish(axis: Axes, title: str, ylabel: str) -> None:
     axis.spines["bottom"].set_color("#9aa5b1")
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def legend(figure: Figure, axis: Axes) -> None:
+    """What an axis has labelled, below all of the figure's."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False, labelcolor=INK

@@ -1,0 +1,222 @@
+"""Bits where they matter: the recipe of a budget that is expected to change a model's answers least.
+
+samples -> gradients and Gram matrices -> cost of every choice -> measured factors -> knapsack -> recipe
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+
+from vlmq.exporter import data as datas
+from vlmq.exporter import ends
+from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.families import COMPONENTS, Component
+from vlmq.exporter.inspection import inspection, stored_dtype
+from vlmq.exporter.progress import Progress
+from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.rotation import rotate
+from vlmq.exporter.runtime import open_processor
+from vlmq.exporter.samples import COUNT
+from vlmq.exporter.search import budget, knapsack
+from vlmq.exporter.search.bench import Bench
+from vlmq.exporter.search.fisher import answered, channel_weights
+from vlmq.exporter.search.pieces import mean_bits
+from vlmq.exporter.search.refine import Factors, Measurer
+from vlmq.exporter.search.rules import with_rules
+from vlmq.exporter.search.sensitivity import Choice, Item, is_chosen_for, items, site_bytes
+from vlmq.exporter.search.tasks import fitting
+from vlmq.exporter.settings import FULL
+from vlmq.exporter.walk import Walk
+from vlmq.kernels.grid import BITS
+
+Formats = Literal["safetensors", "onnx", "both"]
+IN_GRAPHS = (2, 4, 8)  # bits whose container in an ONNX graph is no wider than they are
+
+
+@dataclass(frozen=True)
+class Request:
+    """recipe: method, grids, and what is to stay at 16 bits; its other bits are chosen anew. groups: to choose from
+    too; none: as the recipe has them. formats: that are to hold the result."""
+
+    model: str
+    budget: str
+    recipe: Recipe = field(default_factory=Recipe)
+    task: str = "vqa"
+    groups: tuple[int, ...] = ()
+    formats: Formats = "safetensors"
+    revision: str | None = None
+    calibration: str | None = None
+    samples: int = COUNT
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The recipe and what is expected of it.
+
+    bytes: of all weights; linears: of those that bits were chosen for and of the blocks' others, scales and zeros
+    included; bits_per_weight: of these. predicted, measured: divergence from the reference in nats, on the samples
+    calibrated on. factors: by component, of each width measured, how much of its prediction came true. exact: whether
+    no better choice exists for these costs.
+    """
+
+    recipe: Recipe
+    bytes: int
+    linears: int
+    bits_per_weight: float
+    bits: dict[Component, float]
+    predicted: float
+    measured: float
+    factors: dict[Component, dict[int, float]]
+    exact: bool
+
+
+def allocate(request: Request, progress: Progress = lambda what, done, of: None) -> Allocated:
+    """VlmqError for a budget that is none, below what is possible, or above what the model has."""
+    checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
+    skeleton = checkpoint.skeleton()
+    walk = ends.plan(checkpoint, skeleton, request.recipe)
+    base = request.recipe.assign(walk)
+    refuse_for_format(base, request.formats)
+    if request.recipe.qkv == "v-only":
+        raise VlmqError("recipe: --qkv v-only stores fused projections dense, so bits save nothing; choose another")
+    if not is_chosen_for(walk, base):
+        raise VlmqError("recipe: every linear of a block is left at 16 bits, so there are no bits to choose")
+    assignments = _assignments(request, walk, base)
+    sites = [site for site in walk.sites if site.kind not in ("embedding", "head")]
+    width = stored_dtype(checkpoint).itemsize
+    weights = sum(site.rows * site.columns for site in sites)
+    whole = inspection(checkpoint, skeleton, walk, base)
+    elsewhere = whole.after - sum(site_bytes(site, base.schemes.get(site.name), width) for site in sites)
+    pinned = sum(site_bytes(site, None, width) for site in sites if site.name not in base.schemes)
+    allowed = budget.in_bytes(request.budget, whole.before, weights, elsewhere) - pinned
+    data = datas.choose(checkpoint, request.calibration, None, request.samples, request.seed, verify=False)
+    assert data.calibration is not None
+    samples = data.calibration.samples
+    asked = list(answered(fitting(request.task, samples), open_processor(checkpoint.folder), checkpoint))
+    with TemporaryDirectory(prefix="vlmq-allocate-") as pieces:
+        bench = Bench(request.model, request.revision, request.recipe.rotate, samples, Path(pieces))
+        free = [site for site in sites if site.name in base.schemes]
+        gradients = channel_weights(bench.model, free, asked, request.seed)
+        found = items(checkpoint, bench.model, walk, assignments, gradients, bench.batches, progress)
+        _refuse_too_little(request.budget, found, allowed, pinned, elsewhere, weights)
+        measurer = Measurer(bench, asked, request.recipe, walk)
+        factors = measurer.factors(found, progress)
+        costs = [_refined(item, factors) for item in found]
+        solution = knapsack.solve([_offered(item) for item in costs], allowed)
+        assert solution is not None  # or it would be too little
+        chosen = {
+            name: _ordered(item)[place]
+            for item, place in zip(costs, solution.chosen, strict=True)
+            for name in item.sites
+        }
+        if all(choice.bits == FULL for choice in chosen.values()):
+            raise VlmqError(f"--budget {request.budget}: has room for every linear at 16 bits; give less")
+        recipe = with_rules(request.recipe, walk, chosen)
+        final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
+        refuse_for_format(final, request.formats)
+        _check(final, assignments, chosen)
+        measured = measurer.divergence(recipe)
+    linears = solution.bytes + pinned
+    return Allocated(
+        recipe=recipe,
+        bytes=linears + elsewhere,
+        linears=linears,
+        bits_per_weight=8 * linears / weights,
+        bits=_mean_bits(walk, final),
+        predicted=solution.cost,
+        measured=measured,
+        factors={component: dict(factor.measured) for component, factor in factors.items()},
+        exact=solution.exact,
+    )
+
+
+def in_words(found: Allocated) -> tuple[str, ...]:
+    """What a person is told of it, a line for each thing."""
+    bits = ", ".join(f"{component} {mean:.2f}" for component, mean in found.bits.items())
+    factors = ", ".join(
+        f"{component} {'/'.join(f'{factor:.2g}' for factor in measured.values())}"
+        for component, measured in found.factors.items()
+    )
+    return (
+        f"{found.bytes:,} bytes of weights, {found.linears:,} of them the blocks' linears: "
+        f"{found.bits_per_weight:.3f} bits per weight, scales and zeros counted",
+        f"mean bits: {bits}",
+        f"expected divergence of the answers {found.predicted:.4g} nats, measured on the calibration samples "
+        f"{found.measured:.4g}; measured over predicted, component by component: {factors}",
+        *([] if found.exact else ["the sums were too many to keep all; a slightly better choice may exist"]),
+    )
+
+
+def _choices(request: Request) -> list[Choice]:
+    bits = BITS if request.formats == "safetensors" else IN_GRAPHS
+    return [Choice(width, group) for width in bits for group in (request.groups or (None,))]
+
+
+def _assignments(request: Request, walk: Walk, base: Assignment) -> dict[Choice, Assignment]:
+    """Every choice that the recipe's consumer can load; VlmqError where it can load none."""
+    found: dict[Choice, Assignment] = {}
+    refused: VlmqError | None = None
+    for choice in _choices(request):
+        try:
+            found[choice] = _at(choice, request.recipe, walk, base)
+        except VlmqError as error:
+            if request.recipe.consumer == "any":
+                raise
+            refused = error
+    if refused and not found:
+        raise refused
+    return found
+
+
+def _at(choice: Choice, recipe: Recipe, walk: Walk, base: Assignment) -> Assignment:
+    """Every linear that is quantized at all, with one choice for all of them."""
+    free = {site.name: choice for site in walk.sites if site.name in base.schemes}
+    return with_rules(recipe, walk, free).assign(walk)
+
+
+def _ordered(item: Item) -> list[Choice]:
+    return sorted(item.bytes, key=lambda choice: (item.bytes[choice], -choice.bits))
+
+
+def _offered(item: Item) -> knapsack.Choices:
+    order = _ordered(item)
+    return knapsack.Choices(
+        np.array([item.bytes[choice] for choice in order], np.int64), np.array([item.cost[choice] for choice in order])
+    )
+
+
+def _refined(item: Item, factors: Factors) -> Item:
+    of = factors[item.component]
+    return replace(item, cost={choice: of.at(choice.bits) * cost for choice, cost in item.cost.items()})
+
+
+def _refuse_too_little(
+    text: str, found: Sequence[Item], allowed: int, pinned: int, elsewhere: int, weights: int
+) -> None:
+    least = sum(min(item.bytes.values()) for item in found)
+    if least > allowed:
+        linears = least + pinned
+        raise VlmqError(
+            f"--budget {text}: below what is possible; with the fewest bits the linears have "
+            f"{8 * linears / weights:.3f} bits per weight, and all weights {linears + elsewhere:,} bytes; "
+            "give at least that"
+        )
+
+
+def _check(final: Assignment, assignments: Mapping[Choice, Assignment], chosen: Mapping[str, Choice]) -> None:
+    """The rules say what was chosen, linear by linear."""
+    for name, choice in chosen.items():
+        expected = None if choice.bits == FULL else assignments[choice].schemes[name]
+        if final.schemes.get(name) != expected:
+            raise RuntimeError(f"{name}: the rules do not say what was chosen")
+
+
+def _mean_bits(walk: Walk, assignment: Assignment) -> dict[Component, float]:
+    found = {component: mean_bits(component, walk, assignment) for component in COMPONENTS}
+    return {component: bits for component, bits in found.items() if bits is not None}

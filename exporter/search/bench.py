@@ -1,0 +1,150 @@
+"""One model on the bench: pieces of it are quantized, put together, taken apart again, and what results is scored.
+
+A piece is one component, calibrated with the others in full precision, so that pieces do not depend on each other
+and any of them can be composed. Nothing of one component's error is known to the next: that is what differs from an
+export, where each component is calibrated on what the quantized ones before it put out (docs/sweep.md).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlmq.exporter import ends
+from vlmq.exporter.calibration import Calibration, Inputs, Played, prepare
+from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.families import COMPONENTS, Component
+from vlmq.exporter.journal import read_block, write_block
+from vlmq.exporter.methods.registry import is_calibrated
+from vlmq.exporter.quantize import needs_reference, quantize
+from vlmq.exporter.recipe import Assignment, make_recipe
+from vlmq.exporter.rotation import rotate
+from vlmq.exporter.rounding import InputRounding
+from vlmq.exporter.runtime import open_processor
+from vlmq.exporter.samples import Sample
+from vlmq.exporter.search.pieces import Piece, alone
+from vlmq.exporter.search.tasks import Asked, ask, score
+from vlmq.exporter.simulate import simulate_batches
+from vlmq.exporter.solving import QuantizedBlock, dense
+from vlmq.exporter.walk import Walk
+from vlmq.formats.folder import staged
+from vlmq.kernels.grid import Limits
+
+
+class Bench:
+    """A checkpoint, the samples that its pieces are calibrated on, and the folder where they are kept."""
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None,
+        rotated: Sequence[str],
+        calibration: Sequence[Sample],
+        folder: Path,
+    ) -> None:
+        self.checkpoint = rotate(open_checkpoint(model, revision), tuple(rotated))
+        self.folder = folder
+        self.model = self.checkpoint.model()
+        self._as_stored(self.checkpoint.transforms)
+        self.batches: list[Inputs] = prepare(
+            calibration, open_processor(self.checkpoint.folder), self.checkpoint.family
+        )
+        self._played: dict[Component, tuple[Played, Played]] = {}
+        self._on: dict[Component, str] = {}  # the piece that a component is
+        self._changed: dict[Component, list[str]] = {}  # the parameters that it changed
+        self._roundings: dict[Component, InputRounding] = {}
+
+    def ask(self, task: str, samples: Sequence[Sample]) -> Asked:
+        """The samples of a task, prepared; to be called before anything is put together."""
+        return ask(task, self.checkpoint, self.model, samples)
+
+    def score(self, pieces: Sequence[Piece], asked: Asked) -> dict[str, float]:
+        self.compose(pieces)
+        return score(self.model, asked)
+
+    def score_in_sequence(self, recipe: dict, asked: Asked) -> dict[str, float]:
+        """Of a recipe quantized as an export does it, each component on what the quantized ones before it put out."""
+        model, _ = simulate_batches(self.checkpoint, make_recipe(recipe), self.batches)
+        return score(model, asked)
+
+    @torch.no_grad()
+    def make(self, piece: Piece) -> None:
+        """Quantize a component and keep it, whole or not at all: one file for each of its blocks that changes."""
+        with staged(self.folder / piece.key) as stage:
+            for index, block in enumerate(self._quantized(piece)):
+                if block.sites:
+                    write_block(block, stage / f"{index:05}.safetensors")
+
+    def _quantized(self, piece: Piece) -> list[QuantizedBlock]:
+        skeleton = self.checkpoint.skeleton()
+        walk, assignment = self._plan(piece)
+        calibration = None
+        if any(is_calibrated(scheme) for scheme in assignment.schemes.values()):
+            calibration = Calibration(skeleton, self.batches, needs_reference(assignment))
+            played, reference = self._before(piece.component, walk)
+            calibration.played, calibration.reference_played = list(played), list(reference)
+        return list(quantize(self.checkpoint, skeleton, _only(walk, [piece.component]), assignment, calibration))
+
+    def _plan(self, piece: Piece) -> tuple[Walk, Assignment]:
+        recipe = make_recipe(piece.recipe)
+        walk = ends.plan(self.checkpoint, self.checkpoint.skeleton(), recipe)
+        return walk, alone(recipe.assign(walk), walk, piece.component)
+
+    def _before(self, component: Component, walk: Walk) -> tuple[Played, Played]:
+        """What the full-precision components before this one put out, found once."""
+        if component not in self._played:
+            before = COMPONENTS[: COMPONENTS.index(component)]
+            skeleton = self.checkpoint.skeleton()
+            calibration = Calibration(skeleton, self.batches)
+            list(quantize(self.checkpoint, skeleton, _only(walk, before), Assignment({}, {}), calibration))
+            # In full precision, what the reference put out is what came out.
+            self._played[component] = (calibration.played, calibration.played)
+        return self._played[component]
+
+    @torch.no_grad()
+    def compose(self, pieces: Sequence[Piece]) -> None:
+        """Make the model what the pieces make it; what stays as it was is not touched."""
+        wanted = {piece.component: piece for piece in pieces}
+        for component in COMPONENTS:
+            piece = wanted.get(component)
+            if self._on.get(component) == (piece and piece.key):
+                continue
+            self._as_stored(self._changed.pop(component, []))
+            if component in self._roundings:
+                self._roundings.pop(component).remove()
+            self._on.pop(component, None)
+            if piece:
+                self._put_on(piece)
+                self._on[component] = piece.key
+
+    def _put_on(self, piece: Piece) -> None:
+        walk, assignment = self._plan(piece)
+        blocks = _only(walk, [piece.component]).blocks
+        limits: dict[str, Limits | None] = {}
+        changed = self._changed.setdefault(piece.component, [])
+        for index, block in enumerate(blocks):
+            file = self.folder / piece.key / f"{index:05}.safetensors"
+            if not any(site.name in assignment.schemes for site in block.sites):
+                continue
+            found = read_block(file, block, assignment.schemes)
+            new = {f"{name}.weight": dense(site.weight) for name, site in found.sites.items()} | found.changed
+            changed += new
+            for name, tensor in new.items():
+                self.model.get_parameter(name).copy_(tensor)
+            limits |= {name: site.limits for name, site in found.sites.items() if site.scheme.inputs}
+        grids = {name: assignment.schemes[name].inputs for name in limits}
+        if grids:
+            self._roundings[piece.component] = InputRounding(self.model, grids, limits)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _as_stored(self, names: Sequence[str] | dict) -> None:
+        """As precise as a file holds them, and no more."""
+        for name in names:
+            self.model.get_parameter(name).copy_(self.checkpoint.read(name))
+
+
+def _only(walk: Walk, components: Sequence[Component]) -> Walk:
+    """The stages of some components; the others are kept, so that nothing reads their weights."""
+    stages = tuple(stage for stage in walk.stages if stage[0].component in components)
+    others = [block.name for block in walk.blocks if block.component not in components]
+    return Walk(stages, walk.kept | dict.fromkeys(others, "another piece's"))

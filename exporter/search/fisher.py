@@ -1,0 +1,110 @@
+"""How much an error in each output of each linear costs: the mean square of the loss's gradient there.
+
+To second order, answers that are drawn from the model itself make the expected square of the gradient g the curvature
+of the divergence between the model before and after: an error e of the outputs costs 1/2 E[(g e)^2] nats (Fisher;
+Martens, arXiv 1412.1193, section 5). Errors of different outputs are taken to be unrelated, so what is kept of
+g is its mean square for each output channel.
+
+The gradients are those of the tokens that answer a prompt; what a question says, no model has to foretell.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ProcessorMixin
+
+from vlmq.exporter.calibration import Inputs
+from vlmq.exporter.checkpoint import Checkpoint
+from vlmq.exporter.images import open_image
+from vlmq.exporter.runtime import check_image_tokens
+from vlmq.exporter.samples import Sample, prompt_of
+from vlmq.exporter.walk import Site
+
+DRAWS = 4  # answers to each sample: one alone says little where samples are few
+
+
+def answered(
+    samples: Iterable[Sample], processor: ProcessorMixin, checkpoint: Checkpoint
+) -> Iterator[tuple[Inputs, int]]:
+    """The model's inputs for each sample (prompt and first answer), and how many of their tokens are the answer's."""
+    for sample in samples:
+        prompt = prompt_of(sample, checkpoint.family)
+        image = None if sample.image is None else open_image(sample.image)
+        text = " ".join([prompt, *sample.answers[:1]])
+        whole = dict(processor(images=image, text=text, return_tensors="pt"))
+        if image is not None:
+            check_image_tokens(processor, text, whole["input_ids"][0].numpy())
+        alone = processor(images=image, text=prompt, return_tensors="pt")["input_ids"]
+        yield whole, whole["input_ids"].shape[1] - alone.shape[1]
+
+
+def foretelling(logits: Tensor, answer: int) -> Tensor:
+    """The logits of the tokens that answer: (tokens, vocabulary) -> (answer, vocabulary); none known: of the first."""
+    return logits[-answer - 1 : -1] if answer else logits[-1:]
+
+
+def channel_weights(
+    model: nn.Module, sites: Sequence[Site], samples: Iterable[tuple[Inputs, int]], seed: int = 0, draws: int = DRAWS
+) -> dict[str, Tensor]:
+    """For every site: E[g^2] of each of its output channels (rows,), float64, summed over the tokens of a sample.
+
+    model: in memory, float32. The expectation is over samples and over `draws` answers to each, drawn from the model;
+    of an answer of several tokens it is the mean over them. A site that a sample does not run counts 0 for it.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    found = {site.name: torch.zeros(site.rows, dtype=torch.float64) for site in sites}
+    count = 0
+    for inputs, answer in samples:
+        for gradients in _gradients(model, sites, inputs, answer, generator, draws):
+            for name, gradient in gradients.items():
+                found[name] += gradient.double().square().flatten(0, -2).sum(0) / draws
+        count += 1
+    return {name: total / count for name, total in found.items()}
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, samples: Iterable[tuple[Inputs, int]]) -> list[Tensor]:
+    """Of the tokens that answer each sample, (answer, vocabulary) float64."""
+    found = (foretelling(model(**inputs, use_cache=False).logits[0], answer) for inputs, answer in samples)
+    return [logits.double().log_softmax(-1) for logits in found]
+
+
+def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Mean KL(reference || other) in nats: over the tokens of an answer, then over samples."""
+    each = [(mine.exp() * (mine - theirs)).sum(-1).mean() for mine, theirs in zip(reference, other, strict=True)]
+    return float(torch.stack(each).mean())
+
+
+@torch.enable_grad()
+def _gradients(
+    model: nn.Module, sites: Sequence[Site], inputs: Inputs, answer: int, generator: torch.Generator, draws: int
+) -> list[dict[str, Tensor]]:
+    """dL/dy (..., rows) of every site's output y for one sample, for each of several answers."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # Nothing before the first site has a gradient; from there on all outputs hang together.
+        outputs[name] = output if output.requires_grad else output.requires_grad_()
+        return outputs[name]
+
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.callback(model.get_submodule(site.name).register_forward_hook(partial(keep, site.name)).remove)
+        logits = model(**inputs, use_cache=False).logits[0]
+    telling = foretelling(logits, answer)
+    answers = torch.multinomial(telling.detach().softmax(-1), draws, replacement=True, generator=generator)
+    names = list(outputs)
+    found = []
+    for drawn in answers.unbind(1):
+        # Tokens are drawn apart, so the square of the sum's gradient is the sum of the squares, in expectation.
+        loss = F.cross_entropy(telling, drawn, reduction="sum") / len(drawn) ** 0.5
+        ys = [outputs[name] for name in names]
+        gradients = torch.autograd.grad(loss, ys, allow_unused=True, retain_graph=True)
+        found.append({name: each for name, each in zip(names, gradients, strict=True) if each is not None})
+    return found

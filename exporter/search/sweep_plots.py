@@ -1,0 +1,118 @@
+"""Plots of a sweep, of the kinds of paper 002: score against size with its front (Figure 4), each component by itself
+(Figure 5), and what was quantized at all, by component, kind of linear and block group (Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlmq.exporter.search.plots import INK, PALETTE, legend
+
+if TYPE_CHECKING:
+    from vlmq.exporter.search.tables import Row
+
+FULL = 16
+PARETO, ALONE, PARTS = "pareto.png", "alone.png", "parts.png"
+MARKS = "osD^vP"
+MANY = (*PALETTE, "#8c564b", "#17a0b0", "#c8632f", "#4d6a2f")  # of subsets there are seven
+
+
+def draw(rows: Sequence[Row], folder: Path) -> tuple[str, ...]:
+    """Write those of the plots that the rows have something for; the same rows give the same bytes."""
+    figures = {PARETO: pareto(rows), ALONE: alone(rows), PARTS: parts(rows)}
+    for name, figure in figures.items():
+        if figure:
+            figure.savefig(folder / name, dpi=160, metadata={"Software": None})
+    return tuple(name for name, figure in figures.items() if figure)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (size, score) that no other beats: none is as small with a higher score, or smaller with as high."""
+    found: list[tuple[float, float]] = []
+    for size, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not found or score > found[-1][1]:
+            found.append((size, score))
+    return found
+
+
+def pareto(rows: Sequence[Row]) -> Figure:
+    """Score against size, a colour for each series, each with its front (Figure 4)."""
+    score = next(iter(rows[0].scores))
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axis = figure.add_subplot()
+    for number, series in enumerate(dict.fromkeys(row.series for row in rows)):
+        points = [(row.bytes / 1e6, row.scores[score]) for row in rows if row.series == series]
+        colour, mark = PALETTE[number % len(PALETTE)], MARKS[number % len(MARKS)]
+        sizes, scores = zip(*points, strict=True)
+        axis.scatter(sizes, scores, s=16, alpha=0.35, color=colour, marker=mark, linewidths=0)
+        axis.plot(*zip(*front(points), strict=True), color=colour, marker=mark, markersize=4, label=series)
+    for row in rows:
+        if all(bits == FULL for bits in row.bits.values()):
+            axis.axhline(row.scores[score], color=INK, linewidth=0.8, linestyle=":")
+            break
+    _finish(axis, f"{score} against size; lines join what no smaller one of a series beats", "MB of weights", score)
+    legend(figure, axis)
+    return figure
+
+
+def alone(rows: Sequence[Row]) -> Figure | None:
+    """A panel for each series: what the bits of one component do while all others are left alone (Figure 5)."""
+    score = next(iter(rows[0].scores))
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        changed = [component for component, bits in row.bits.items() if bits != FULL]
+        if len(changed) == 1 and not (row.recipe or {}).get("rules"):
+            lines = panels.setdefault(row.series, {})
+            lines.setdefault(changed[0], []).append((row.bits[changed[0]], row.scores[score]))
+    panels = {series: lines for series, lines in panels.items() if any(len(line) > 1 for line in lines.values())}
+    if not panels:
+        return None
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, (series, lines) in zip(axes.flat, panels.items(), strict=True):
+        for number, component in enumerate(component for component in rows[0].bits if component in lines):
+            points = zip(*sorted(lines[component]), strict=True)
+            axis.plot(*points, color=PALETTE[number], marker=MARKS[number], markersize=4, label=component)
+        _finish(axis, f"{series}, one component at a time", "bits", score)
+    legend(figure, axes[0, 0])
+    return figure
+
+
+def parts(rows: Sequence[Row]) -> Figure | None:
+    """Score against size three times: by the components, kinds and block groups that were quantized (Figure 3)."""
+    ruled = [row for row in rows if row.recipe and all("blocks" in rule for rule in row.recipe.get("rules", ()))]
+    ruled = [row for row in ruled if row.recipe and row.recipe.get("rules")]
+    if not ruled:
+        return None
+    score = next(iter(rows[0].scores))
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 3, sharey=True), ("component", "kind", "blocks"), strict=True):
+        said = _said(key)
+        labels = sorted({said(row) for row in ruled}, key=lambda label: (label.count("+"), label))
+        for number, label in enumerate(labels):
+            points = [(row.bytes / 1e6, row.scores[score]) for row in ruled if said(row) == label]
+            colour = MANY[number % len(MANY)]
+            sizes, scores = zip(*points, strict=True)
+            axis.scatter(sizes, scores, s=14, alpha=0.7, color=colour, linewidths=0, label=label)
+        _finish(axis, f"by {key}", "MB of weights", score)
+        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _said(key: str) -> Callable[[Row], str]:
+    """What a row's rules have under a key, joined."""
+    return lambda row: "+".join(dict.fromkeys(rule[key] for rule in (row.recipe or {})["rules"]))
+
+
+def _finish(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axis.set_xlabel(xlabel, color=INK)
+    axis.set_ylabel(ylabel, color=INK)
+    axis.grid(color="#e3e7ec", zorder=0)
+    axis.tick_params(length=0, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#9aa5b1")
