@@ -1,9 +1,11 @@
-"""How much an error in each output of each linear costs: the mean square of the loss's gradient there.
+"""How much an error in each output of each linear costs: the mean square of a gradient there.
 
-To second order, answers that are drawn from the model itself make the expected square of the gradient g the curvature
-of the divergence between the model before and after: an error e of the outputs costs 1/2 E[(g e)^2] nats (Fisher;
-Martens, arXiv 1412.1193, section 5). Errors of different outputs are taken to be unrelated, so what is kept of
-g is its mean square for each output channel.
+To second order an error e of the outputs of a linear makes the answers diverge by 1/2 e^T F e nats, where F is the
+Fisher information J^T (diag p - p p^T) J: J is what the logits gain by the outputs, p what they say (Martens,
+arXiv 1412.1193, sections 6 and 8). Answers drawn from p would give F too, but a sure model hardly ever draws the ones
+that tell. With signs x of +-1, z = (diag(sqrt p) - p sqrt(p)^T) x has E[z z^T] = diag p - p p^T, so that F is the
+mean of g g^T, g the gradient of z . logits. Errors of different outputs are taken to be unrelated, so what is kept of g
+is its mean square for each output channel.
 
 The gradients are those of the tokens that answer a prompt; what a question says, no model has to foretell.
 """
@@ -15,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import ProcessorMixin
 
 from vlmq.exporter.calibration import Inputs
@@ -25,7 +26,7 @@ from vlmq.exporter.runtime import check_image_tokens
 from vlmq.exporter.samples import Sample, prompt_of
 from vlmq.exporter.walk import Site
 
-DRAWS = 4  # answers to each sample: one alone says little where samples are few
+DRAWS = 4  # of signs for each sample: one alone says little where samples are few
 
 
 def answered(
@@ -53,8 +54,8 @@ def channel_weights(
 ) -> dict[str, Tensor]:
     """For every site: E[g^2] of each of its output channels (rows,), float64, summed over the tokens of a sample.
 
-    model: in memory, float32. The expectation is over samples and over `draws` answers to each, drawn from the model;
-    of an answer of several tokens it is the mean over them. A site that a sample does not run counts 0 for it.
+    model: in memory, float32. The expectation is over samples and over `draws` signs for each; of an answer of several
+    tokens it is the mean over them. A site that a sample does not run counts 0 for it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +86,7 @@ def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 def _gradients(
     model: nn.Module, sites: Sequence[Site], inputs: Inputs, answer: int, generator: torch.Generator, draws: int
 ) -> list[dict[str, Tensor]]:
-    """dL/dy (..., rows) of every site's output y for one sample, for each of several answers."""
+    """dL/dy (..., rows) of every site's output y for one sample, for each of several draws."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -98,12 +99,14 @@ def _gradients(
             hooks.callback(model.get_submodule(site.name).register_forward_hook(partial(keep, site.name)).remove)
         logits = model(**inputs, use_cache=False).logits[0]
     telling = foretelling(logits, answer)
-    answers = torch.multinomial(telling.detach().softmax(-1), draws, replacement=True, generator=generator)
+    p = telling.detach().softmax(-1)
     names = list(outputs)
     found = []
-    for drawn in answers.unbind(1):
-        # Tokens are drawn apart, so the square of the sum's gradient is the sum of the squares, in expectation.
-        loss = F.cross_entropy(telling, drawn, reduction="sum") / len(drawn) ** 0.5
+    for _ in range(draws):
+        signed = p.sqrt() * (2.0 * torch.randint(2, p.shape, generator=generator) - 1)
+        z = signed - p * signed.sum(-1, keepdim=True)
+        # Signs of different tokens are apart: the square of the gradient of the sum is, in expectation, their sum.
+        loss = (z * telling).sum() / len(p) ** 0.5
         ys = [outputs[name] for name in names]
         gradients = torch.autograd.grad(loss, ys, allow_unused=True, retain_graph=True)
         found.append({name: each for name, each in zip(names, gradients, strict=True) if each is not None})
