@@ -6,7 +6,6 @@ say how sure a figure is for other pictures, with these three draws of calibrati
 
 from __future__ import annotations
 
-import json
 from base64 import b64decode
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,18 +18,15 @@ import numpy as np
 from configurations import REFERENCE, SEEDS, Configuration, Row, once
 
 from vlmq.exporter.evaluation.statistics import LEVEL, RESAMPLES
+from vlmq.formats import json_lines
 
 Kept = dict[str, Any]
 
 
 def read(file: Path) -> dict[Row, Kept]:
-    """Every row's last line; a line that was cut short is left out."""
+    """Every row's last line; one that was cut short is left out, and its row measured anew."""
     found = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            kept = json.loads(line)
-        except json.JSONDecodeError:  # the run ended while it was written; its row is measured anew
-            continue
+    for kept in json_lines.read(file):
         fields = ("method", "weights", "inputs", "granularity", "components")
         configuration = Configuration(**{field: kept[field] for field in fields})
         found[Row(kept["checkpoint"], kept["variant"], kept["seed"], configuration)] = kept

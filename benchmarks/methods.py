@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import re
 import signal
 import sys
@@ -45,6 +43,7 @@ from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.search.packed import Scorer, Scores
 from vlmq.exporter.simulate import simulate_batches
 from vlmq.exporter.solving import Solved
+from vlmq.formats import json_lines
 from vlmq.formats.compressed_tensors import packed_bytes
 
 SAMPLES = 128  # of a calibration
@@ -156,17 +155,9 @@ def bits_per_weight(solved: dict[str, Solved]) -> float:
     return 8 * stored / sum(out * columns for (out, columns), _ in shapes)
 
 
-def append(kept: dict[str, Any]) -> None:
-    """One write of one line: it is there whole, or cut short at the file's end, where `cells.read` ignores it."""
-    MEASURED.parent.mkdir(exist_ok=True)
-    whole = not MEASURED.exists() or MEASURED.read_bytes()[-1:] in (b"", b"\n")
-    with MEASURED.open("ab", buffering=0) as file:
-        file.write((b"" if whole else b"\n") + json.dumps(kept).encode() + b"\n")
-        os.fsync(file.fileno())
-
-
 def run(wanted: list[Row], workers: int) -> bool:
     """Measure rows, and keep each as it is done; False where any failed, with the traceback said."""
+    MEASURED.parent.mkdir(exist_ok=True)
     began, good, revision = time.monotonic(), True, common.revision()  # of the code that the workers load now
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         variants = dict.fromkeys((row.checkpoint, row.variant, row.seed) for row in wanted if row.variant != "plain")
@@ -182,7 +173,7 @@ def run(wanted: list[Row], workers: int) -> bool:
                     print(f"{futures[future]} failed:", file=sys.stderr)
                     traceback.print_exc()
                     continue
-                append({**kept, "revision": revision})
+                json_lines.append(MEASURED, {**kept, "revision": revision})
                 left = (time.monotonic() - began) / done * (len(wanted) - done) / 60
                 print(f"{done}/{len(wanted)}, {left:.0f} min left: {futures[future]}: {said(kept)}", flush=True)
         finally:

@@ -4,7 +4,7 @@
     rows.jsonl       a line for each measurement or failure, on the disk before the next is begun
     pieces/KEY/      quantized components
 
-A line is appended in one write and fsynced. One that was cut short, at the file's end, is measured anew.
+A line that was cut short (formats/json_lines.py) is measured anew.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vlmq.exporter.errors import VlmqError
+from vlmq.formats import json_lines
 from vlmq.formats.folder import full_disk_in_words, sync
 
 IDENTITY, ROWS, PIECES = "sweep.json", "rows.jsonl", "pieces"
@@ -35,7 +36,7 @@ class Ledger:
         self.scores: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
         self.attempts: Counter[str] = Counter()
-        for line in _read(folder / ROWS):
+        for line in json_lines.read(folder / ROWS):
             self._take_in(line)
 
     @property
@@ -47,12 +48,9 @@ class Ledger:
         return key not in self.scores and self.attempts[key] < ATTEMPTS
 
     def append(self, line: Line) -> None:
-        """One write of one line, on the disk when this returns."""
-        file = self.folder / ROWS
-        whole = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
-        with full_disk_in_words(self.folder), file.open("ab", buffering=0) as stream:
-            stream.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
-            os.fsync(stream.fileno())
+        """A line, on the disk when this returns."""
+        with full_disk_in_words(self.folder):
+            json_lines.append(self.folder / ROWS, line)
         self._take_in(line)
 
     def _take_in(self, line: Line) -> None:
@@ -61,14 +59,6 @@ class Ledger:
         else:
             self.failures[line["key"]] = line["failed"]
             self.attempts[line["key"]] += 1
-
-
-def _read(file: Path) -> Iterator[Line]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 @contextmanager
