@@ -4,32 +4,23 @@ Heavy imports are inside the commands, so that --help answers at once. Exit code
 as the reference did), 2 (bad input), 3 (a fault of vlmq), 130 and 143 (stopped).
 """
 
-import json
 import os
-import signal
-import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from inspect import Parameter, Signature, signature
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import vlmq
+from vlmq.exporter.errors import VlmqError
+from vlmq.formats.errors import FormatError
+from vlmq.terminal.bars import bars, note
+from vlmq.terminal.conclusions import conclude, conclude_release, print_json, verdict_json
+from vlmq.terminal.flags import bytes_of, group_of, thresholds_of
+from vlmq.terminal.recipe_flags import takes_recipe
+from vlmq.terminal.stopping import answers_kept, exit_code, kept_to_go_on, listen
 
-if TYPE_CHECKING:
-    from vlmq.exporter.evaluation.comparison import Comparison
-    from vlmq.exporter.evaluation.summary import Summary
-    from vlmq.exporter.evaluation.verify import Verdict
-    from vlmq.exporter.inspection import Inspection
-    from vlmq.exporter.planning.plan import Plan
-    from vlmq.exporter.recipe import Recipe
-    from vlmq.exporter.release import Release
-    from vlmq.exporter.search.importance import Importance
-
-HELPS = os.environ.get("RANK", "0") != "0"  # under torchrun: the first worker says what there is to say
 DEFAULT_MODEL = "blip2-mini"
 
 app = typer.Typer(
@@ -75,93 +66,6 @@ Gate = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
-def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags that make up a recipe; it gets the effective one as `recipe`."""
-
-    def flags(
-        recipe: Annotated[
-            Path | None, typer.Option(help="A recipe file (YAML); flags override it. See docs/recipes.md.")
-        ] = None,
-        method: Annotated[
-            str | None,
-            typer.Option(
-                help="uniform, rtn, awq, gptq, smoothquant, qvlm, awq+smoothquant, awq+gptq, smoothquant+gptq, "
-                "awq+smoothquant+gptq or smoothquant+qvlm.  \\[default: awq]"
-            ),
-        ] = None,
-        bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6, 8; 16 leaves alone.  \\[default: 4]")] = None,
-        group_size: Annotated[
-            str | None, typer.Option(help="Columns that share a scale, 16 to 256, or row, or tensor.  \\[default: 128]")
-        ] = None,
-        symmetric: Annotated[
-            bool | None,
-            typer.Option("--symmetric/--asymmetric", help="Is zero the grid's middle?  \\[default: symmetric]"),
-        ] = None,
-        activation_bits: Annotated[
-            str | None, typer.Option(help="Bits that inputs are rounded to: 4, 6, 8 or none.  \\[default: none]")
-        ] = None,
-        activation_group: Annotated[
-            str | None,
-            typer.Option(help="What of an input shares a scale: token, tensor, or columns.  \\[default: token]"),
-        ] = None,
-        option: Annotated[
-            list[str] | None, typer.Option(help="KEY=VALUE of a method, such as damp=0.05; may be repeated.")
-        ] = None,
-        indivisible: Annotated[
-            str | None,
-            typer.Option(help="Columns that groups do not divide: refuse, or shrink the group.  \\[default: refuse]"),
-        ] = None,
-        qkv: Annotated[
-            str | None, typer.Option(help="Fused projections: fused, split, v-only or skip.  \\[default: fused]")
-        ] = None,
-        rotate: Annotated[
-            list[str] | None, typer.Option(help="Rotate a residual stream: language or vision; may be repeated.")
-        ] = None,
-        vision_bits: Annotated[int | None, typer.Option(help="Bits of the vision encoder.")] = None,
-        connector_bits: Annotated[int | None, typer.Option(help="Bits of the Q-Former or projector.")] = None,
-        language_bits: Annotated[int | None, typer.Option(help="Bits of the language model.")] = None,
-        vision_method: Annotated[str | None, typer.Option(help="Method of the vision encoder.")] = None,
-        connector_method: Annotated[str | None, typer.Option(help="Method of the Q-Former or projector.")] = None,
-        language_method: Annotated[str | None, typer.Option(help="Method of the language model.")] = None,
-        consumer: Annotated[
-            Literal["any", "transformers", "vllm", "onnxruntime"] | None,
-            typer.Option(help="Who is to load it; what that cannot take quantized is left alone.  \\[default: any]"),
-        ] = None,
-        **others: Any,
-    ) -> None:
-        made = _recipe(
-            recipe,
-            {
-                "method": method,
-                "bits": bits,
-                "group_size": group_size,
-                "symmetric": symmetric,
-                "activations": _activations(activation_bits, activation_group),
-                "options": _options(option or []),
-                "indivisible": indivisible,
-                "qkv": qkv,
-                "rotate": rotate or None,
-                "consumer": consumer,
-                "components": {
-                    "vision": {"bits": vision_bits, "method": vision_method},
-                    "connector": {"bits": connector_bits, "method": connector_method},
-                    "language": {"bits": language_bits, "method": language_method},
-                },
-            },
-        )
-        command(recipe=made, **others)
-
-    # typer reads signatures: the command's own parameters, with `recipe` replaced by the flags.
-    own = [
-        parameter for parameter in signature(command, eval_str=True).parameters.values() if parameter.name != "recipe"
-    ]
-    shared = [parameter for parameter in signature(flags).parameters.values() if parameter.name != "others"]
-    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*own[:2], *shared, *own[2:])]
-    flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    flags.__name__, flags.__doc__ = command.__name__, command.__doc__
-    return flags
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     if version:
@@ -170,7 +74,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-@_takes_recipe
+@takes_recipe
 def export(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
@@ -224,20 +128,20 @@ def export(
         text_only=text_only,
         verify=verify,
         data=data,
-        thresholds=_thresholds(threshold, max_drop),
-        max_shard_bytes=_bytes(max_shard_size, "--max-shard-size"),
-        activation_memory=_bytes(activation_memory, "--activation-memory"),
+        thresholds=thresholds_of(threshold, max_drop),
+        max_shard_bytes=bytes_of(max_shard_size, "--max-shard-size"),
+        activation_memory=bytes_of(activation_memory, "--activation-memory"),
         fresh=fresh,
         gate=gate,
     )
-    with _kept_to_go_on(name), _bars(as_json) as progress:
-        done = run_export(request, progress, _note)
+    with kept_to_go_on(name), bars(as_json) as progress:
+        done = run_export(request, progress, note)
     if done is None:
         return
     if as_json:
-        verdict = done.verdict and _verdict_json(done.verdict)
+        verdict = done.verdict and verdict_json(done.verdict)
         misses = list(done.release.misses) if done.release else []
-        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
+        print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
     else:
         from vlmq.formats.manifest import sizes
 
@@ -251,9 +155,9 @@ def export(
         typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
         if done.note:
             typer.echo(f"note: {done.note}")
-    _conclude_release(done.folder, done.release)
+    conclude_release(done.folder, done.release)
     if done.verdict:
-        _conclude(done.verdict, as_json)
+        conclude(done.verdict, as_json)
 
 
 @app.command()
@@ -276,14 +180,14 @@ def verify(
     """
     from vlmq.exporter.pipeline import load_elsewhere, verify_folder
 
-    thresholds = _thresholds(threshold, max_drop)
-    with _bars(as_json) as progress:
+    thresholds = thresholds_of(threshold, max_drop)
+    with bars(as_json) as progress:
         verdict = verify_folder(folder, reference, data, thresholds, progress, cache)
         release = load_elsewhere(folder, progress) if gate else None
     if as_json:
-        _print_json(_verdict_json(verdict))
-    _conclude(verdict, as_json)
-    _conclude_release(folder, release)
+        print_json(verdict_json(verdict))
+    conclude(verdict, as_json)
+    conclude_release(folder, release)
 
 
 @app.command()
@@ -302,12 +206,12 @@ def convert(
     """Write an export in another layout, with the same codes, scales and zeros, bit for bit."""
     from vlmq.exporter.convert import convert as run_convert
 
-    with _bars(as_json) as progress:
+    with bars(as_json) as progress:
         done = run_convert(folder, to, output or Path(f"{folder.resolve().name}-{to}"), progress, gate)
     if as_json:
         misses = list(done.release.misses) if done.release else []
-        _print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
-        _conclude_release(done.folder, done.release)
+        print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
+        conclude_release(done.folder, done.release)
         return
     from vlmq.formats.manifest import sizes
 
@@ -318,7 +222,7 @@ def convert(
     )
     if done.note:
         typer.echo(f"note: {done.note}")
-    _conclude_release(done.folder, done.release)
+    conclude_release(done.folder, done.release)
 
 
 @app.command()
@@ -339,12 +243,10 @@ def push(
     """Push an export to the Hugging Face Hub, with its card; given again, it goes on where it was stopped."""
     from vlmq.formats.hub import push as run_push
 
-    with _bars(as_json) as progress:
+    with bars(as_json) as progress:
         done = run_push(folder, repository, private, dry_run, revision, allow_unverified, base_model, progress)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json(asdict(done))
+        print_json(asdict(done))
         return
     total = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:,.1f} MB"
     if dry_run:
@@ -381,7 +283,7 @@ def run(
 
     answer = ask(folder, image, prompt, engine, max_new_tokens, raw)
     if as_json:
-        _print_json({"text": answer.text, "tokens": list(answer.tokens)})
+        print_json({"text": answer.text, "tokens": list(answer.tokens)})
     else:
         typer.echo(answer.text)
 
@@ -416,10 +318,10 @@ def evaluate(
 
     A run that was ended goes on where its results file ends when the same command is given again.
     """
-    from vlmq.exporter.errors import VlmqError
     from vlmq.exporter.evaluation import records
     from vlmq.exporter.evaluation.comparison import compare
     from vlmq.exporter.evaluation.summary import summarise
+    from vlmq.terminal.evaluation import print_evaluation
 
     if model.endswith(".jsonl"):
         if task or data or out:
@@ -449,19 +351,14 @@ def evaluate(
         )
         if against:
             records.read(against)  # what is wrong with it is known before hours of work
-        try:
-            with _bars(as_json) as progress:
-                results = run_evaluation(request, progress)
-        except SystemExit:
-            if request.out.is_file():
-                typer.echo(f"vlmq: {request.out} keeps what is answered; the same command goes on", err=True)
-            raise
+        with answers_kept(request.out), bars(as_json) as progress:
+            results = run_evaluation(request, progress)
     comparison = compare(results, records.read(against)) if against else None
-    _print_evaluation(summarise(results), comparison, as_json)
+    print_evaluation(summarise(results), comparison, as_json)
 
 
 @recipe_app.command()
-@_takes_recipe
+@takes_recipe
 def show(
     recipe: Any,
     model: Annotated[str | None, typer.Argument(help="Check it against a model as well; a config is enough.")] = None,
@@ -478,7 +375,7 @@ def show(
 
 
 @app.command()
-@_takes_recipe
+@takes_recipe
 def inspect(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
@@ -487,18 +384,17 @@ def inspect(
 ) -> None:
     """Show a model's components, blocks and linears, and what a recipe would do to each; a config is enough."""
     from vlmq.exporter.inspection import inspect as look
+    from vlmq.terminal.inspection import print_tree
 
     found = look(model, recipe, revision)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json(asdict(found) | {"before": found.before, "after": found.after})
+        print_json(asdict(found) | {"before": found.before, "after": found.after})
     else:
-        _print_tree(found)
+        print_tree(found)
 
 
 @app.command()
-@_takes_recipe
+@takes_recipe
 def plan(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
@@ -516,8 +412,9 @@ def plan(
     from vlmq.exporter.pipeline import Request
     from vlmq.exporter.pipeline import plan as planned
     from vlmq.exporter.planning.plan import as_dict, refuse
+    from vlmq.terminal.plan import print_plan
 
-    formats, waiting = format or consumers.formats(recipe.consumer), _bytes(activation_memory, "--activation-memory")
+    formats, waiting = format or consumers.formats(recipe.consumer), bytes_of(activation_memory, "--activation-memory")
     found = planned(
         Request(
             model,
@@ -532,9 +429,9 @@ def plan(
         )
     )
     if as_json:
-        _print_json(as_dict(found))
+        print_json(as_dict(found))
     else:
-        _print_plan(found)
+        print_plan(found)
     refuse(found)
 
 
@@ -551,19 +448,18 @@ def importance(
 ) -> None:
     """Tell from a table of scores which component's bits matter, and how sure that is; write plots."""
     from vlmq.exporter.search.importance import analyse
+    from vlmq.terminal.importance import print_shares
 
     output = output or Path(f"importance-{target}".replace(os.sep, "-"))
-    with _bars(as_json) as progress:
+    with bars(as_json) as progress:
         found = analyse(scores, target, output, seed, progress)
     for warning in (warning for table in found for warning in table.warnings):
         typer.echo(f"vlmq: warning: {warning}", err=True)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json({"folder": str(output), "seed": seed, "tables": [asdict(table) for table in found]})
+        print_json({"folder": str(output), "seed": seed, "tables": [asdict(table) for table in found]})
     else:
         for table in found:
-            _print_shares(table)
+            print_shares(table)
         typer.echo(f"{output}: importance.json, consensus.png, measures.png")
 
 
@@ -625,14 +521,12 @@ def sweep(
         engine=engine,
         address=ray_address,
     )
-    with _bars(as_json) as progress:
+    with bars(as_json) as progress:
         done = run_sweep(request, progress)
     for name, message in done.failures.items():
         typer.echo(f"vlmq: warning: {name}: {message}", err=True)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json({**asdict(done), "folder": str(done.folder)})
+        print_json({**asdict(done), "folder": str(done.folder)})
     else:
         typer.echo(
             f"{done.folder}: {len(done.rows)} rows, {done.distinct} distinct configurations of {done.pieces} "
@@ -643,7 +537,7 @@ def sweep(
 
 
 @app.command()
-@_takes_recipe
+@takes_recipe
 def allocate(
     recipe: Any,
     model: Model = DEFAULT_MODEL,
@@ -670,7 +564,6 @@ def allocate(
     """
     import yaml
 
-    from vlmq.exporter.errors import VlmqError
     from vlmq.exporter.search.allocate import Request, in_words
     from vlmq.exporter.search.allocate import allocate as run_allocate
 
@@ -678,9 +571,9 @@ def allocate(
         raise VlmqError(f"{output}: exists already; choose another --output or remove it")
     if output and not output.parent.is_dir():
         raise VlmqError(f"{output.parent}: no such folder; create it or choose another --output")
-    sizes = tuple(_group(each) for each in groups.split(",")) if groups else ()
+    sizes = tuple(group_of(each) for each in groups.split(",")) if groups else ()
     request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, seed)
-    with _bars(as_json) as progress:
+    with bars(as_json) as progress:
         found = run_allocate(request, progress)
     content = found.recipe.content()
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
@@ -690,9 +583,7 @@ def allocate(
         part.write_text("".join(f"# {line}\n" for line in words) + text, encoding="utf-8")
         part.rename(output)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json({**asdict(found), "recipe": content})
+        print_json({**asdict(found), "recipe": content})
         return
     if not output:
         typer.echo(text, nl=False)
@@ -700,354 +591,16 @@ def allocate(
         typer.echo(line, err=not output)
 
 
-def _group(text: str) -> int:
-    """32, row, tensor: a group size as recipes have it."""
-    from vlmq.exporter.recipe import make_recipe
-
-    return make_recipe({"group_size": text.strip()}, "--groups").group_size
-
-
-def _recipe(file: Path | None, flags: dict[str, Any]) -> "Recipe":
-    """Flags laid over the recipe file, if there is one."""
-    from vlmq.exporter.recipe import make_recipe, read_recipe
-
-    content = read_recipe(file).model_dump(mode="json", exclude_unset=True) if file else {}
-    return make_recipe(_laid_over(content, flags))
-
-
-def _laid_over(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """`content` with every flag that was given in its place, dictionaries key by key."""
-    made = dict(content)
-    for key, value in flags.items():
-        if isinstance(value, dict):
-            below = made.get(key)
-            value = _laid_over(below if isinstance(below, dict) else {}, value) or None
-        if value is not None:
-            made[key] = value
-    return made
-
-
-def _activations(bits: str | None, group: str | None) -> str | dict[str, Any]:
-    from vlmq.exporter.errors import VlmqError
-
-    if bits != "none":
-        return {"bits": bits, "group_size": group}
-    if group is not None:
-        raise VlmqError(f"--activation-group {group}: --activation-bits none rounds no inputs; leave one of them out")
-    return bits
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE flags as a dictionary, values read as YAML reads them."""
-    import yaml
-
-    from vlmq.exporter.errors import VlmqError
-
-    options = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise VlmqError(f"--option {text}: no value; write KEY=VALUE, such as damp=0.05")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise VlmqError(f"--option {text}: not a YAML value; write KEY=VALUE, such as damp=0.05") from error
-        if options[key] is None:
-            raise VlmqError(f"--option {text}: no value; write KEY=VALUE, or take {key} out of the recipe file")
-    return options
-
-
-def _thresholds(given: list[str] | None, max_drop: float | None) -> dict[str, float]:
-    """NAME=VALUE flags, and --max-drop, which is one of them."""
-    from vlmq.exporter.errors import VlmqError
-
-    found = {} if max_drop is None else {"max-drop": max_drop}
-    for text in given or []:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise VlmqError(f"--threshold {text}: no number; write NAME=VALUE, such as kl=0.05") from None
-    return found
-
-
-def _bytes(size: str, flag: str) -> int:
-    """5GB, 512MiB, 1000000: a size in bytes."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from vlmq.exporter.errors import VlmqError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
-    except ValidationError:
-        raise VlmqError(f"{flag} {size}: not a size; write one like 512MiB or 5GB") from None
-
-
-@contextmanager
-def _kept_to_go_on(output: Path) -> Iterator[None]:
-    """Say how to go on where a person, or the system, stopped a run."""
-    from vlmq.exporter.journal import folder_of
-
-    try:
-        yield
-    except SystemExit:
-        if HELPS:
-            raise
-        if folder_of(output).is_dir():
-            typer.echo("vlmq: what is finished is kept; the same command goes on from there", err=True)
-        elif output.is_dir():
-            typer.echo(f"vlmq: {output} is whole; vlmq verify {output} goes on from there", err=True)
-        raise
-
-
-def _note(line: str) -> None:
-    if not HELPS:
-        typer.echo(f"note: {line}", err=True)
-
-
-def _verdict_json(verdict: "Verdict") -> dict[str, object]:
-    from vlmq.exporter.evaluation.report import as_dict
-
-    return as_dict(verdict)
-
-
-def _print_json(content: object) -> None:
-    typer.echo(json.dumps(content, indent=1))
-
-
-def _conclude(verdict: "Verdict", as_json: bool) -> None:
-    """The table and the word, and exit 1 where a threshold was missed."""
-    if not as_json:
-        _print_table(verdict)
-    for miss in verdict.misses:
-        typer.echo(f"vlmq: {miss}", err=True)
-    if not verdict.ok:
-        raise typer.Exit(1)
-
-
-def _conclude_release(folder: Path, release: "Release | None") -> None:
-    """What transformers made of an export: nothing where it is as it must be; else one line and exit 1."""
-    if release is None:
-        return
-    if release.why_not:
-        typer.echo(f"note: not loaded to check it: {release.why_not}", err=True)
-    if not release.ok:
-        typer.echo(f"vlmq: {folder}: failed the release gate: {'; '.join(release.misses)}; it stays there", err=True)
-        raise typer.Exit(1)
-
-
-def _print_table(verdict: "Verdict") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlmq.exporter.evaluation.report import criterion, rows
-
-    title = (
-        f"{verdict.samples} questions about {verdict.images} images"
-        if verdict.accuracy
-        else f"{verdict.samples} prompts"
-    )
-    table = Table(title=title, caption="differences: points, with a 95 % interval over images", title_justify="left")
-    table.add_column("")
-    for heading in ("reference", "export", "difference"):
-        table.add_column(heading, justify="right")
-    for row in rows(verdict):
-        table.add_row(row.label, row.reference, row.export, row.difference)
-    console = Console()
-    Console(width=None if console.is_terminal else 110).print(table)
-    word = "[green]ok[/]" if verdict.ok else "[red]failed[/]"
-    console.print(f"{word}: {criterion(verdict)}")
-
-
-def _print_evaluation(summary: "Summary", comparison: "Comparison | None", as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlmq.exporter.evaluation import tables
-
-    if as_json:
-        _print_json(tables.as_dict(summary, comparison))
-        return
-    console = Console()
-    wide = Console(width=None if console.is_terminal else 140)
-    table = Table("", title=f"{summary.model} ({summary.engine}) on {summary.task}", title_justify="left")
-    for heading in ("samples", "value"):
-        table.add_column(heading, justify="right")
-    for row in tables.summary_rows(summary):
-        table.add_row(*row)
-    wide.print(table)
-    for note in tables.summary_notes(summary):
-        typer.echo(f"note: {note}")
-    if not comparison:
-        return
-    table = Table(
-        "",
-        title=f"against {comparison.reference}, {comparison.samples} samples that both answered",
-        caption="differences: 95 % interval, bootstrap over images; McNemar: right only there : only here",
-        title_justify="left",
-    )
-    for heading in ("reference", "this model", "difference", "McNemar", ""):
-        table.add_column(heading, justify="right")
-    for row in tables.comparison_rows(comparison):
-        table.add_row(*row)
-    wide.print(table)
-    typer.echo(tables.verdict(comparison))
-
-
-def _print_shares(found: "Importance") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    shares = found.shares["consensus"]
-    table = Table(
-        title=f"{found.name}: {found.target}, {found.rows} rows, out-of-bag R^2 {found.explained:.4f}",
-        caption="percent; interval: bootstrap over rows; seeds: forests of other seeds",
-        title_justify="left",
-    )
-    table.add_column("")
-    for heading in (*found.shares, "95 % interval", "over seeds"):
-        table.add_column(heading, justify="right")
-    for component, share in shares.items():
-        measured = [f"{measure[component].percent:.1f}" for measure in found.shares.values()]
-        interval, seeds = f"{share.low:.1f} to {share.high:.1f}", f"{share.least:.1f} to {share.most:.1f}"
-        table.add_row(component, *measured, interval, seeds)
-    console = Console()
-    Console(width=None if console.is_terminal else 110).print(table)
-
-
-def _print_tree(found: "Inspection") -> None:
-    from rich.console import Console
-    from rich.tree import Tree
-
-    def megabytes(before: int, after: int) -> str:
-        return f"{before / 1e6:,.2f} MB -> {after / 1e6:,.2f} MB"
-
-    tree = Tree(
-        f"[bold]{found.model}[/] ({found.family}): {found.parameters / 1e6:,.1f} M parameters, "
-        f"{megabytes(found.before, found.after)}{', rotated: ' + ', '.join(found.rotated) if found.rotated else ''}"
-    )
-    for component, blocks in found.components.items():
-        total = megabytes(sum(entry.before for entry in blocks), sum(entry.after for entry in blocks))
-        parameters = sum(entry.parameters for entry in blocks)
-        branch = tree.add(f"[bold]{component}[/]: {parameters / 1e6:,.2f} M in linears, {total}")
-        for entry in blocks:
-            times = f" and {entry.count - 1} more alike" if entry.count > 1 else ""
-            leaf = branch.add(f"{entry.name}{times}: {megabytes(entry.before, entry.after)}")
-            for linear in entry.linears:
-                leaf.add(f"{linear.name} {linear.shape[0]} x {linear.shape[1]}: {linear.plan}", highlight=False)
-    kept = tree.add(f"[bold]kept[/]: {found.elsewhere / 1e6:,.2f} MB outside the blocks' linears")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in found.kept.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        kept.add(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(tree)
-
-
-def _print_plan(found: "Plan") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def megabytes(count: int) -> str:
-        return f"{count / 1e6:,.1f}"
-
-    made = Table("", "linears", "bits", title=f"{found.model} ({found.family})")
-    for heading in ("before, MB", "after, MB"):
-        made.add_column(heading, justify="right")
-    for name, part in found.components.items():
-        bits = ", ".join(map(str, part.bits))
-        made.add_row(name, str(part.linears), bits, megabytes(part.before), megabytes(part.after))
-    made.add_row("all else", "", "", *[megabytes(found.elsewhere)] * 2, end_section=True)
-    made.add_row(f"{found.parameters / 1e6:,.1f} M parameters", "", "", *map(megabytes, (found.before, found.after)))
-    tables = [made]
-    for what, needs, there in (("memory", found.memory, found.available_memory), ("disk", found.disk, found.free_disk)):
-        table = Table(what, title=f"{what}, step by step; {megabytes(there)} MB are free")
-        table.add_column("MB", justify="right")
-        table.add_column("why")
-        for need in needs:
-            table.add_row(f"[bold]{need.step}", f"[bold]{megabytes(need.bytes)}")
-            for part in (part for part in need.parts if part.bytes):
-                table.add_row(f"  {part.name}", megabytes(part.bytes), part.reason)
-            table.add_section()
-        tables.append(table)
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(*tables)
-
-
-@contextmanager
-def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback: a bar with its ETA for each thing under way, and the memory in use; nothing where nobody
-    watches; an event in a line of JSON on stderr for programs."""
-    import psutil
-
-    if HELPS:
-        yield lambda what, done, of: None
-        return
-    memory = psutil.Process().memory_info
-    if as_json:
-        yield lambda what, done, of: typer.echo(
-            json.dumps({"event": "progress", "what": what, "done": done, "of": of, "resident": memory().rss}), err=True
-        )
-        return
-    if not sys.stderr.isatty():
-        yield lambda what, done, of: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of, completed=done, memory="")
-            bars.update(tasks[what], completed=done, memory=f"{memory().rss / 2**30:.2f} GiB")
-
-        yield progress
-
-
-_stopped_by: list[int] = []  # the signal: a library may take the exception for a failure of its own
-
-
-def _stop(number: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM end like any exception, so that what is half written is removed; not with exit code 1."""
-    if not HELPS:
-        typer.echo("vlmq: stopped", err=True)
-    _stopped_by.append(number)
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Run the command line; what a person did wrong is one line and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    listen()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except Exception as error:
-        # Only now: these modules take no time to import, but the package they lie in may.
-        from vlmq.exporter.errors import VlmqError
-        from vlmq.formats.errors import FormatError
-
-        if _stopped_by:
-            raise SystemExit(128 + _stopped_by[0]) from None
+        if code := exit_code():
+            raise SystemExit(code) from None
         if not isinstance(error, VlmqError | FormatError):
             traceback.print_exception(error)
             raise SystemExit(3) from None

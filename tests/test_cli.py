@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
+from vlmq.terminal import stopping
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,14 @@ def test_a_stopped_export_keeps_what_is_finished_and_goes_on_when_asked_again(
     assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
     subprocess.run(command, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stop_that_a_library_took_for_a_failure_of_its_own_still_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stopping, "_signals", [signal.SIGTERM])
+    (tmp_path / ".out.journal").mkdir()
+    with pytest.raises(RuntimeError), stopping.kept_to_go_on(tmp_path / "out"):
+        raise RuntimeError("a worker died")
+    assert capsys.readouterr().err == "vlmq: what is finished is kept; the same command goes on from there\n"
 
 
 def test_progress_is_told_to_programs_as_events(vlmq, tiny_folders, tmp_path):
