@@ -63,6 +63,9 @@ ActivationMemory = Annotated[
 Gate = Annotated[
     bool, typer.Option("--gate/--no-gate", help="Load what is written with transformers; exit 1 where it differs.")
 ]
+Device = Annotated[
+    str, typer.Option(help="Where blocks are solved: auto, cpu, cuda or cuda:1; auto is a GPU where there is one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -100,6 +103,7 @@ def export(
     revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
     activation_memory: ActivationMemory = "1GiB",
+    device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +137,7 @@ def export(
         activation_memory=bytes_of(activation_memory, "--activation-memory"),
         fresh=fresh,
         gate=gate,
+        device=device,
     )
     with kept_to_go_on(name), bars(as_json) as progress:
         done = run_export(request, progress, note)
@@ -141,7 +146,10 @@ def export(
     if as_json:
         verdict = done.verdict and verdict_json(done.verdict)
         misses = list(done.release.misses) if done.release else []
-        print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
+        memory = {"planned": done.planned_memory, "peak": done.peak_memory}
+        print_json(
+            {"folder": str(done.folder), "note": done.note, "misses": misses, "memory": memory, "verdict": verdict}
+        )
     else:
         from vlmq.formats.manifest import sizes
 
@@ -153,6 +161,8 @@ def export(
             else ""
         )
         typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
+        planned, peak = (f"{count / 1e9:.2f} GB" for count in (done.planned_memory, done.peak_memory))
+        typer.echo(f"memory of this process at its peak: {peak}, {planned} were planned")
         if done.note:
             typer.echo(f"note: {done.note}")
     conclude_release(done.folder, done.release)

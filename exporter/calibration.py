@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vlmq.exporter import workers
 from vlmq.exporter.activations import Activations, Kept
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
 from vlmq.exporter.images import open_image
@@ -63,12 +64,13 @@ class Call:
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
-        self.place = self.activations.keep(value)
+        self.place = self.activations.keep(value.cpu())
 
     def run(self, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """What the block makes of `hidden`, or of others."""
-        hidden = self.hidden if hidden is None else hidden
-        args, kwargs = _read(self._args), _read(self._kwargs)
+        """What the block makes of `hidden`, or of others; computed where its weights are."""
+        device = next(block.parameters()).device
+        hidden = (self.hidden if hidden is None else hidden).to(device)
+        args, kwargs = _read(self._args, device), _read(self._kwargs, device)
         output = block(*args, hidden_states=hidden, **kwargs) if self.by_name else block(hidden, *args, **kwargs)
         return _tensor(output)
 
@@ -85,15 +87,15 @@ def _kept(value: Any, activations: Activations) -> Any:
     return value
 
 
-def _read(value: Any) -> Any:
+def _read(value: Any, device: torch.device = CPU) -> Any:
     """Arguments that were put away."""
     match value:
         case Kept():
-            return value.read()
+            return value.read().to(device)
         case tuple():
-            return tuple(_read(each) for each in value)
+            return tuple(_read(each, device) for each in value)
         case dict():
-            return {name: _read(each) for name, each in value.items()}
+            return {name: _read(each, device) for name, each in value.items()}
     return value
 
 
@@ -294,9 +296,10 @@ def gather(
     Where the full-precision model runs alongside, its calls move on to the next block.
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
-    sums = [Sums(entry.sites[0].columns, cross=want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
-    keep = int(-(-ROWS // workers.number(len(calls))))
     module = model.get_submodule(block.name)
+    device = next(module.parameters()).device
+    sums = [Sums(entry.sites[0].columns, device, want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
+    keep = int(-(-ROWS // workers.number(len(calls))))
     read: dict[int, Tensor] = {}
     hooks = [
         model.get_submodule(entry.sites[0].name).register_forward_pre_hook(
@@ -320,7 +323,7 @@ def gather(
                     continue
                 weights = None
                 if want.vision_weight != 1 and call.vision is not None:
-                    weights = torch.where(call.vision, want.vision_weight, 1.0)
+                    weights = torch.where(call.vision.to(device), want.vision_weight, 1.0)
                 sums[index].add(inputs[index], weights, references.get(index), keep if want.rows else 0)
     finally:
         for hook in hooks:

@@ -19,7 +19,7 @@ import vlmq
 from vlmq.exporter import ends, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.names import memory_names
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.release import Release
 from vlmq.exporter.skeleton import skeleton
 from vlmq.formats import card, compressed_tensors, layouts, manifest
@@ -50,7 +50,7 @@ def convert(
     folder: Path,
     to: str,
     output: Path,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     gate: bool = True,
 ) -> Converted:
     """Write `folder`, an export, to `output` in the layout `to`, one of LAYOUTS. gate: have transformers load it.

@@ -23,8 +23,10 @@ from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint, refuse_altered
 from vlmq.exporter.demo.catalog import CHECKPOINTS
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
+from vlmq.exporter.evaluation.memory import peak
 from vlmq.exporter.evaluation.thresholds import refuse_unknown
 from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.journal import journaled
@@ -32,7 +34,7 @@ from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.planning import plan as planning
 from vlmq.exporter.planning.workload import Workload
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
 from vlmq.exporter.release import Release
@@ -56,6 +58,7 @@ class Request:
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
     thresholds: of the verdict, by name, where they are not the defaults (evaluation/thresholds.py).
     fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
+    device: where blocks are solved (devices.py).
     """
 
     model: str
@@ -75,6 +78,7 @@ class Request:
     activation_memory: int = MEMORY
     fresh: bool = False
     gate: bool = True
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,19 +86,22 @@ class Exported:
     """The finished folder, what is in it, and whether it answers as the reference did (None: not asked).
 
     release: what transformers made of it (None: not asked, or no safetensors); where that is not as it must be, nothing
-    was verified. note: what a person must know who loads it with transformers' own reader.
+    was verified. note: what a person must know who loads it with transformers' own reader. planned_memory, peak_memory:
+    the bytes that this process was expected to need, and had at its peak.
     """
 
     folder: Path
     manifest: manifest.Manifest
     verdict: Verdict | None
     note: str | None
+    planned_memory: int
+    peak_memory: int
     release: Release | None = None
 
 
 def export(
     request: Request,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Exported | None:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone.
@@ -111,13 +118,15 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     refuse_place(request.output)
     consumers.refuse_format(request.recipe.consumer, request.formats)
     refuse_unknown(request.thresholds)
+    device = device_of(request.device)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
     refuse_for_format(assignment, request.formats)
     refuse_for_workers(assignment)
-    planning.refuse(_planned(request, checkpoint, model, plan, assignment))
+    needed = _planned(request, checkpoint, model, plan, assignment)
+    planning.refuse(needed)
     for line in assignment.told:
         tell(line)
     data = datas.choose(
@@ -131,7 +140,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     )
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
     refuse_altered(checkpoint.folder, source.files)
-    identity = _identity(request, checkpoint, source, data)
+    identity = _identity(request, checkpoint, source, data) | {"device": device.type}
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
         ExitStack() as staging,
@@ -140,7 +149,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
         # A run that looks at no samples is over as soon as its weights are read: its journal would cost more than it.
         kept = journal if calibration else None
-        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept)
+        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept, device)
         if workers.rank():
             deque(blocks, maxlen=0)  # its part in them is done as they are made
             return None
@@ -166,7 +175,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         report.write(verdict, request.output)
         card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
-    return Exported(request.output, made, verdict, note, found)
+    return Exported(request.output, made, verdict, note, needed.peak.bytes, peak(), found)
 
 
 def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
@@ -217,7 +226,7 @@ def verify_folder(
     reference: str | None = None,
     data: str | None = None,
     thresholds: Mapping[str, float] | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     cache: Path | None = None,
 ) -> Verdict:
     """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named.

@@ -1,8 +1,8 @@
 """Quantizing: one block after the other, each on what the quantized blocks before it put out.
 
-For every block: read its weights, solve it (`solving.py`), and run it as it will be, its inputs rounded too where the
-recipe says so, to get the next block's inputs. Where ranges are searched across layers, a few blocks stay in memory
-until theirs are found.
+For every block: read its weights (the system reads ahead while the one before is solved), solve it (`solving.py`), and
+run it as it will be, its inputs rounded too where the recipe says so, to get the next block's inputs. Where ranges are
+searched across layers, a few blocks stay in memory until theirs are found.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from torch import nn
 from vlmq.exporter import crosslayer, ends, modality, vision_tuning, workers
 from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.journal import Journal
 from vlmq.exporter.methods.registry import METHODS, is_calibrated
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.solving import Given, QuantizedBlock, Solved, is_asymmetric, solve_block
@@ -32,20 +33,23 @@ def quantize(
     walk: Walk,
     assignment: Assignment,
     calibration: Calibration | None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     journal: Journal | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[QuantizedBlock]:
     """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs.
 
     journal: where every block is made durable before it is handed out, and from which those that an earlier run
-    finished come.
+    finished come. device: where blocks are calibrated and solved, one after the other.
     """
-    given = Given(checkpoint, model, assignment.schemes)
     stages = [stage for stage in walk.stages if not ends.is_embedding(stage)]
     blocks = [block for stage in stages for block in stage]
+    done = 0
+    given = Given(
+        checkpoint, model, assignment.schemes, device, lambda name: progress("quantizing", done, len(blocks), name)
+    )
     for stage in walk.stages[: len(walk.stages) - len(stages)]:
         yield ends.quantize_embedding(stage[0], given)
-    done = 0
     if journal:
         yield from journal.blocks(blocks, given.schemes)
         done = journal.done
@@ -75,6 +79,8 @@ def quantize(
                 if stage.index(span[0]) < ahead:
                     continue
                 progress("quantizing", done, len(blocks))
+                if done + len(span) < len(blocks):
+                    checkpoint.read_ahead(blocks[done + len(span)].name)
                 found = _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
                 done += len(span)
                 if calibration and span[-1] is stage[-1]:
@@ -157,7 +163,7 @@ def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], las
 
     for block in span:
         module = given.model.get_submodule(block.name)
-        given.checkpoint.fill(module, block.name)
+        given.checkpoint.fill(module, block.name, device=given.device)
         finished.append(solve_block(block, given, calls))
         roundings.append(_rounding(given.model, finished[-1]))
         search((block,))

@@ -231,8 +231,29 @@ def test_progress_is_told_to_programs_as_events(vlmq, tiny_folders, tmp_path):
     _, out, err = vlmq("export", tiny_folders["blip2-opt"], *flags)
     events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert json.loads(out)["folder"] == str(tmp_path / "out")
-    assert [event["done"] for event in events] == list(range(events[0]["of"] + 1))
+    done = [event["done"] for event in events]
+    assert done == sorted(done)
+    assert set(done) == set(range(events[0]["of"] + 1))
+    at = {event["at"] for event in events}
+    sites = {name.removesuffix(".weight_packed") for name in load_file(tmp_path / "out" / "model.safetensors")}
+    assert {name for where in at for name in where.split(", ")} >= {name for name in sites if "fc1" in name}
     assert all(event["what"] == "quantizing" and event["resident"] > 10**7 for event in events)
+
+
+def test_the_memory_of_an_export_is_told_beside_what_was_planned(vlmq, tiny_folders, tmp_path):
+    flags = (*PLAIN, "--format", "safetensors", "--json", "-o", tmp_path / "out")
+    memory = json.loads(vlmq("export", tiny_folders["blip2-opt"], *flags)[1])["memory"]
+    assert 10**8 < memory["planned"] < 10**10
+    assert 10**8 < memory["peak"] < 10**10
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(device, vlmq, tiny_folders, tmp_path):
+    code, _, err = vlmq("export", tiny_folders["blip2-opt"], *PLAIN, "--device", device, "-o", tmp_path / "out")
+    assert code == 2
+    assert err.startswith(f"vlmq: --device {device}: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--max-shard-size", "--activation-memory"])

@@ -17,7 +17,7 @@ from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.inspection import inspection, stored_dtype
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
@@ -76,7 +76,7 @@ class Allocated:
     exact: bool
 
 
-def allocate(request: Request, progress: Progress = lambda what, done, of: None) -> Allocated:
+def allocate(request: Request, progress: Progress = silent) -> Allocated:
     """VlmqError for a budget that is none, below what is possible, or above what the model has."""
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     skeleton = checkpoint.skeleton()

@@ -17,7 +17,7 @@ import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.samples import COUNT, Sample, image_digests
@@ -102,7 +102,7 @@ class Measure:
     recipe: dict[str, Any] | None = None
 
 
-def sweep(request: Request, progress: Progress = lambda what, done, of: None) -> Swept:
+def sweep(request: Request, progress: Progress = silent) -> Swept:
     """Measure what is not measured yet, and write tables and plots; VlmqError, before any work, for bad input."""
     grid = read_grid(request.grid)
     engines.refuse(request.engine, request.workers, request.address)
