@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -60,6 +61,7 @@ def test_a_fresh_process_answers_as_this_one_does(measured, vlm, random_samples)
     here = answer_all(vlm, random_samples, family_of(vlm.model.config), batch_size=1, max_new_tokens=4)
     assert found.texts == [answer.text for answer in here]
     assert found.tokens == [answer.tokens for answer in here]
+    assert found.shown.own == found.tokens[:5]  # the probes: the first five, which are about different images
 
 
 def test_a_fresh_process_puts_out_what_this_one_does_for_every_component(measured, vlm, random_samples):
@@ -108,6 +110,12 @@ def test_other_images_are_those_of_other_samples_and_grey_ones(random_samples):
     assert [tokens for (tokens,) in found.swapped] == [*first[1:], first[0]]
     assert found.blank == [[128]] * 5
     assert found.changed() == {"swapped": 100.0, "blank": 100.0}
+    asked = []
+    counting = SimpleNamespace(
+        generate=lambda images, *_, **__: asked.extend(images) or [Answer("", [0])] * len(images)
+    )
+    assert shown(counting, images, ["?"] * 5, 2, 4, own=[[7]] * 5).own == [[7]] * 5
+    assert len(asked) == 10  # those that are known are not asked again
     assert Shown([[1], [2]], [[1], [3]], [[1], [2]]).changed() == {"swapped": 50.0, "blank": 0.0}
 
 
