@@ -27,17 +27,18 @@ GRID = ("--bits", "4", "--group-size", "64", "--no-verify", "--no-gate")
 LARGE = ("blip2-opt-2.7b", 0.25)  # shape, and how much of it
 PICTURES = 8
 EVERY = 0.05  # seconds
+WORKER = "vlmq.exporter.evaluation.worker"
 
 
 def vlmq(*arguments: object) -> dict:
     """Run the command line: exit code, seconds, processor seconds, and the highest resident bytes.
 
-    all: of all its processes together; command: of the first one; below: of any other; at_once: how many of those.
+    all: of the command and the workers that run a model together; command: its own; worker: the largest of the others.
     """
     command = [sys.executable, "-m", "vlmq.cli", *map(str, arguments)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peaks, used = {"all": 0, "command": 0, "below": 0, "at_once": 0}, {}
+    peaks, used = {"all": 0, "command": 0, "worker": 0, "workers_at_once": 0}, {}
     watched = threading.Thread(target=_watch, args=(process, peaks, used))
     watched.start()
     said = process.communicate()[1]
@@ -49,23 +50,23 @@ def vlmq(*arguments: object) -> dict:
 
 
 def _watch(process: subprocess.Popen, peaks: dict[str, int], used: dict[int, float]) -> None:
-    """Look at the process and those below it until it has ended. used: processor seconds by process."""
+    """Look at the process and its workers until it has ended. used: processor seconds by process."""
     first = psutil.Process(process.pid)
     while process.poll() is None:
-        sizes = {each: _size(each, used) for each in [first, *_below(first)]}
-        below = [size for each, size in sizes.items() if each != first and size]
+        sizes = {each: _size(each, used) for each in [first, *_workers(first)]}
+        workers = [size for each, size in sizes.items() if each != first and size]
         found = {
             "all": sum(sizes.values()),
             "command": sizes[first],
-            "below": max(below, default=0),
-            "at_once": len(below),
+            "worker": max(workers, default=0),
+            "workers_at_once": len(workers),
         }
         peaks.update({name: max(peaks[name], size) for name, size in found.items()})
         time.sleep(EVERY)
 
 
 def _size(process: psutil.Process, used: dict[int, float]) -> int:
-    """Resident bytes; 0 of one that has ended meanwhile, or is not yet the program it will be."""
+    """Resident bytes; 0 of one that has ended meanwhile."""
     try:
         with process.oneshot():
             times = process.cpu_times()
@@ -75,9 +76,10 @@ def _size(process: psutil.Process, used: dict[int, float]) -> int:
         return 0
 
 
-def _below(process: psutil.Process) -> list[psutil.Process]:
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    """Those that run a model; not one that is about to be and still has the command's own pages."""
     try:
-        return process.children(recursive=True)
+        return [each for each in process.children(recursive=True) if WORKER in each.cmdline()]
     except psutil.Error:
         return []
 

@@ -40,5 +40,11 @@ def print_verdict(folder: Path, verdict: "Verdict", verbose: bool) -> None:
     console = Console()
     Console(width=None if console.is_terminal else WIDE).print(table)
     word = "[green]ok[/]" if verdict.ok else f"[red]failed[/], {len(verdict.misses)} missed"
-    console.print(f"{word}: {criterion(verdict)}", highlight=False)
-    console.print(f"differences: points, 95 % interval over images; more: {folder / PAGE}", highlight=False)
+    sides = [side for side in (verdict.reference, verdict.export) if side]
+    engines = " / ".join(side.engine for side in sides)
+    for line in (
+        f"{word}: {criterion(verdict)}",
+        f"differences: points, 95 % interval over images; memory and times: {engines}",
+        f"more: {folder / PAGE}" + ("" if verbose else ", or --verbose"),
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -61,7 +61,6 @@ def test_a_fresh_process_answers_as_this_one_does(measured, vlm, random_samples)
     here = answer_all(vlm, random_samples, family_of(vlm.model.config), batch_size=1, max_new_tokens=4)
     assert found.texts == [answer.text for answer in here]
     assert found.tokens == [answer.tokens for answer in here]
-    assert found.shown.own == found.tokens[:5]  # the probes: the first five, which are about different images
 
 
 def test_a_fresh_process_puts_out_what_this_one_does_for_every_component(measured, vlm, random_samples):
@@ -117,6 +116,30 @@ def test_other_images_are_those_of_other_samples_and_grey_ones(random_samples):
     assert shown(counting, images, ["?"] * 5, 2, 4, own=[[7]] * 5).own == [[7]] * 5
     assert len(asked) == 10  # those that are known are not asked again
     assert Shown([[1], [2]], [[1], [3]], [[1], [2]]).changed() == {"swapped": 50.0, "blank": 0.0}
+
+
+def test_what_was_answered_about_a_probe_is_what_is_compared(tiny_folders, random_samples, monkeypatch):
+    """A model that answers with the first pixel; probes in another order than the samples."""
+
+    class Pixels:
+        def generate(self, images, prompts, max_new_tokens):
+            return [Answer("", [image.getpixel((0, 0))[0]]) for image in images]
+
+        def forced_logits(self, images, prompts, answers):
+            return [np.zeros((len(tokens) + 1, 3)) for tokens in answers]
+
+        def image_features(self, images):
+            return np.zeros((len(images), 1, 2))
+
+        def next_logits(self, images, prompts):
+            return np.zeros((len(images), 3))
+
+    monkeypatch.setattr(worker, "open_vlm", lambda *_: Pixels())
+    probes = [random_samples[place] for place in (3, 0, 4)]
+    request = Request(str(tiny_folders["blip2-opt"]), "torch", list(random_samples), [], probes)
+    found = worker.work(request)
+    assert found.shown.own == [[image.getpixel((0, 0))[0]] for image in images_of(probes)]
+    assert found.lengths == [2, 2, 2]
 
 
 def test_progress_is_told_after_every_batch_up_to_the_last(measured):
