@@ -16,7 +16,7 @@ import vlmq
 from vlmq.exporter.errors import VlmqError
 from vlmq.formats.errors import FormatError
 from vlmq.terminal.bars import bars, note
-from vlmq.terminal.conclusions import conclude, conclude_release, print_json, verdict_json
+from vlmq.terminal.conclusions import conclude, print_json, verdict_json
 from vlmq.terminal.flags import bytes_of, group_of, thresholds_of
 from vlmq.terminal.recipe_flags import takes_recipe
 from vlmq.terminal.stopping import answers_kept, exit_code, kept_to_go_on, listen
@@ -66,6 +66,7 @@ Gate = Annotated[
 Device = Annotated[
     str, typer.Option(help="Where blocks are solved: auto, cpu, cuda or cuda:1; auto is a GPU where there is one.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every row of the verdict.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -105,6 +106,7 @@ def export(
     activation_memory: ActivationMemory = "1GiB",
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model, write it as safetensors and ONNX, and verify it.
@@ -165,9 +167,7 @@ def export(
         typer.echo(f"memory of this process at its peak: {peak}, {planned} were planned")
         if done.note:
             typer.echo(f"note: {done.note}")
-    conclude_release(done.folder, done.release)
-    if done.verdict:
-        conclude(done.verdict, as_json)
+    conclude(done.folder, done.verdict, done.release, as_json, verbose)
 
 
 @app.command()
@@ -182,22 +182,21 @@ def verify(
         typer.Option(help="Folder that keeps what was measured of a reference, for the next export of it."),
     ] = None,
     gate: Gate = True,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an export with the checkpoint it was made from, and have transformers load it.
 
     Writes report.json and report.html into its folder.
     """
-    from vlmq.exporter.pipeline import load_elsewhere, verify_folder
+    from vlmq.exporter.pipeline import verify_folder
 
     thresholds = thresholds_of(threshold, max_drop)
     with bars(as_json) as progress:
-        verdict = verify_folder(folder, reference, data, thresholds, progress, cache)
-        release = load_elsewhere(folder, progress) if gate else None
+        verdict, release = verify_folder(folder, reference, data, thresholds, progress, cache, gate)
     if as_json:
         print_json(verdict_json(verdict))
-    conclude(verdict, as_json)
-    conclude_release(folder, release)
+    conclude(folder, verdict, release, as_json, verbose)
 
 
 @app.command()
@@ -221,7 +220,7 @@ def convert(
     if as_json:
         misses = list(done.release.misses) if done.release else []
         print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
-        conclude_release(done.folder, done.release)
+        conclude(done.folder, None, done.release, as_json)
         return
     from vlmq.formats.manifest import sizes
 
@@ -232,7 +231,7 @@ def convert(
     )
     if done.note:
         typer.echo(f"note: {done.note}")
-    conclude_release(done.folder, done.release)
+    conclude(done.folder, None, done.release, as_json)
 
 
 @app.command()

@@ -89,9 +89,7 @@ def convert(
         )
         manifest.write(stage, done)
         card.write(stage)
-    found = release.check(output) if gate else None
-    if found:
-        card.write(output)
+    found = release.conclude(output, gate, progress)
     return Converted(output, done, _note(plan, model, linears, to), found)
 
 

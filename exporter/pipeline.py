@@ -166,7 +166,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
         card.write(folder)  # of what is known by then; written again when more was measured
-    found = load_elsewhere(request.output, progress) if request.gate else None
+    found = release.conclude(request.output, request.gate, progress)
     verdict = None
     if data.evaluation and (found is None or found.ok):
         verdict = verify(
@@ -176,16 +176,6 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
     return Exported(request.output, made, verdict, note, needed.peak.bytes, peak(), found)
-
-
-def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
-    """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
-    progress("loading with transformers", 0, 1)
-    found = release.check(folder)
-    if found:
-        card.write(folder)  # what was found is on it
-    progress("loading with transformers", 1, 1)
-    return found
 
 
 def plan(request: Request) -> planning.Plan:
@@ -228,10 +218,11 @@ def verify_folder(
     thresholds: Mapping[str, float] | None = None,
     progress: Progress = silent,
     cache: Path | None = None,
-) -> Verdict:
+    gate: bool = True,
+) -> tuple[Verdict, Release | None]:
     """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named.
 
-    thresholds, cache: as `evaluation.verify.verify` has them.
+    thresholds, cache: as `evaluation.verify.verify` has them. gate: have transformers load it, too.
     """
     made = manifest.read(folder)
     checkpoint = open_checkpoint(reference or made.source.name, None if reference else made.source.revision)
@@ -243,8 +234,7 @@ def verify_folder(
     samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
     verdict = verify(folder, checkpoint.folder, samples.samples, thresholds, progress=progress, cache=cache)
     report.write(verdict, folder)
-    card.write(folder)
-    return verdict
+    return verdict, release.conclude(folder, gate, progress)
 
 
 def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source, data: datas.Data) -> dict[str, Any]:

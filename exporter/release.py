@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.formats import layouts, manifest
+from vlmq.exporter.progress import Progress
+from vlmq.formats import card, layouts, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import headers
 
@@ -65,6 +66,19 @@ class Release:
     @property
     def ok(self) -> bool:
         return not self.misses
+
+
+def conclude(folder: Path, gate: bool, progress: Progress = lambda what, done, of: None) -> Release | None:
+    """The end of whatever made or measured an export: where asked, transformers loads it, and its card is written anew
+    with all that is known by then. None where it was not asked, or has no safetensors.
+    """
+    found = None
+    if gate:
+        progress("loading with transformers", 0, 1)
+        found = check(folder)
+        progress("loading with transformers", 1, 1)
+    card.write(folder)
+    return found
 
 
 def check(folder: Path) -> Release | None:

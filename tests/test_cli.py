@@ -286,7 +286,7 @@ def test_a_verdict_that_misses_its_threshold_is_exit_code_1_and_says_which(drop,
     side = Side("a folder", "onnx", 2, {"safetensors": 4, "onnx": 4}, Memory(1, 2, 3), 0.01)
     verdict = Verdict(100, 50, 4, {"overall": score}, 0.9, side, side, thresholds=thresholds.limits(4, {}))
     verdict = replace(verdict, misses=tuple(thresholds.judge(verdict)))
-    monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: verdict)
+    monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: (verdict, None))
     found, out, err = vlmq("verify", tmp_path)
     assert found == code
     assert f"{-drop:+.2f}" in out
@@ -297,7 +297,7 @@ def test_thresholds_are_numbers_by_name_and_max_drop_is_one_of_them(vlmq, monkey
     from vlmq.exporter import pipeline
     from vlmq.exporter.errors import VlmqError
 
-    def verify_folder(folder, reference, data, thresholds, progress, cache):
+    def verify_folder(folder, reference, data, thresholds, progress, cache, gate):
         raise VlmqError(f"{sorted(thresholds.items())}, {cache}")
 
     monkeypatch.setattr(pipeline, "verify_folder", verify_folder)

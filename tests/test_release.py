@@ -9,9 +9,12 @@ from packed import packed_folder
 from safetensors.torch import load_file, save_file
 
 from vlmq.exporter import pipeline, release
+from vlmq.exporter.evaluation.measure import Memory
+from vlmq.exporter.evaluation.thresholds import limits
+from vlmq.exporter.evaluation.verify import Side, Verdict
 from vlmq.exporter.pipeline import Request
 from vlmq.exporter.recipe import make_recipe
-from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats import card, compressed_tensors, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.kernels.grid import ROW, Grid, Limits
 
@@ -186,3 +189,24 @@ def test_an_export_is_gated_unless_it_is_asked_not_to_be(tiny_folders, tmp_path)
     assert made.release.ok
     assert made.release.keys == {"missing": [], "unexpected": [], "mismatched": []}
     assert torch.isfinite(torch.tensor(list(made.release.largest.values()))).all()
+
+
+def test_after_a_verdict_and_the_gate_the_card_is_written_once_with_what_both_found(
+    good, tiny_folders, pictures, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(good, tmp_path / "out")
+    side = Side(folder.name, "torch", 1, {"safetensors": 4, "onnx": 0}, Memory(1, 2, 3), 0.01)
+    verdict = Verdict(12, 12, 4, {}, 0.9, side, side, thresholds=limits(4, {}))
+    monkeypatch.setattr(pipeline, "verify", lambda *_, **__: verdict)
+    written, write = [], card.write
+    monkeypatch.setattr(card, "write", lambda *arguments: written.append(write(*arguments)))
+    found, release_found = pipeline.verify_folder(folder, str(tiny_folders["blip2-opt"]), str(pictures))
+    assert found.samples == 12
+    assert release_found.ok
+    assert len(written) == 1
+    text = written[0].read_text()
+    assert "90.0 %" in text
+    assert "transformers has not been asked" not in text
+    _, release_found = pipeline.verify_folder(folder, str(tiny_folders["blip2-opt"]), str(pictures), gate=False)
+    assert release_found is None
+    assert len(written) == 2

@@ -34,6 +34,7 @@ class Audit:
     blocks: dict[str, str] = field(default_factory=dict)  # name of a linear on disk to the block it is in
     compared: dict[str, int] = field(default_factory=dict)  # tensors of the source found again, by format
     disk: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by format and component
+    source_disk: dict[str, int] = field(default_factory=dict)  # the source's bytes by component
 
 
 def audit(folder: Path, reference: Path) -> Audit:
@@ -44,7 +45,7 @@ def audit(folder: Path, reference: Path) -> Audit:
     expected = expected_of(folder, reference)
     faults = [*_files(folder), *_companions(folder, expected.source), *_recipe(expected)]
     blocks = {expected.disk(site.name): block.name for block in expected.walk.blocks for site in block.sites}
-    found = Audit(blocks=blocks)
+    found = Audit(blocks=blocks, source_disk=expected.source_sizes())
     for stored in _formats(folder, expected):
         tensors = Tensors(expected, stored)
         try:
