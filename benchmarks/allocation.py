@@ -201,13 +201,15 @@ def _summary(key: tuple[Any, ...], seeds: dict[int, dict[str, Any]]) -> dict[str
         "mean_bits": [result["mean_bits"] for _, result in sorted(seeds.items())],
     }
     for number, (name, scale) in enumerate(((metric, unit), ("divergence", 0.01))):
-        pair = means["uniform"][number], means["allocated"][number]
-        difference = paired_difference(*(scale * values for values in pair), range(len(pair[0])))  # type: ignore[arg-type]
+        pair = [scale * means[which][number] for which in ("uniform", "allocated")]
+        pictures = range(len(pair[0]))
+        difference = paired_difference(*pair, pictures)  # type: ignore[arg-type]
+        gain = difference if name == metric else paired_difference(*reversed(pair), pictures)  # type: ignore[arg-type]
         shown = 100 if name == "accuracy" else 1
         summary[name] = {
             **{which: shown * float(values[number].mean()) for which, values in means.items()},
             "allocated - uniform": [difference.points, difference.low, difference.high],
-            "said": in_words(difference),
+            "said": in_words(gain),
         }
     return summary
 
@@ -236,7 +238,8 @@ def in_lines(summaries: Sequence[dict[str, Any]]) -> Iterator[str]:
         metric, _ = SCORE[one["task"]]
         said = [
             f"{name} {one[name]['uniform']:.4g} -> {one[name]['allocated']:.4g} "
-            "({:+.2g}, 95 %: {:+.2g} to {:+.2g})".format(*one[name]["allocated - uniform"])
+            "({:+.2g}, 95 %: {:+.2g} to {:+.2g}; ".format(*one[name]["allocated - uniform"])
+            + f"{one[name]['said']})"
             for name in (metric, "divergence")
         ]
         head = (one["model"], one["variant"], one["method"], f"{one['uniform_bits']} bits", one["task"])

@@ -1,6 +1,8 @@
 """The scorer of sweeps: trees of questions, features found once, and tasks scored as `vlmq evaluate` scores them."""
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -198,3 +200,58 @@ def test_the_divergence_of_captions_is_that_of_all_tokens_of_the_annotated_one(d
         longer["input_ids"][:, -1] = processor.tokenizer.eos_token_id
         whole.append((inputs | longer, answer + 1))
     assert found == pytest.approx(divergence(*(log_probabilities(each, whole) for each in (model, other))), rel=1e-4)
+
+
+@pytest.fixture
+def gqa(random_samples, tmp_path):
+    """GQA's own files."""
+    folder = tmp_path / "gqa"
+    (folder / "images").mkdir(parents=True)
+    asked = {}
+    for number, sample in enumerate(random_samples):
+        shutil.copy(sample.image, folder / "images" / f"{number}.png")
+        kind = "query" if number % 2 else "verify"
+        asked[str(number)] = {
+            "question": sample.text,
+            "imageId": str(number),
+            "answer": "w9",
+            "types": {"structural": kind, "semantic": None},
+        }
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(asked))
+    return folder
+
+
+@pytest.fixture
+def grid(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("recipe: {method: rtn, group_size: 32}\ntogether: {bits: [2, 8]}\n")
+    return file
+
+
+def test_a_benchmark_is_read_from_its_own_files_and_scored_by_its_groups(vlmq, tiny_folders, gqa, grid, tmp_path):
+    flags = (tiny_folders["blip2-opt"], "--grid", grid, "--task", "gqa")
+    code, _, err = vlmq("sweep", *flags, "--data", gqa, "--out", tmp_path / "out", "--calibration", gqa)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert list(rows[0]["scores"]) == ["accuracy", "divergence", "structural: query", "structural: verify"]
+    assert rows[0]["scores"]["divergence"] > rows[1]["scores"]["divergence"] > 0
+    code, _, err = vlmq("sweep", *flags, "--out", tmp_path / "other")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "name their folder with --data" in err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("task", "name"), [("captions", "CIDEr"), ("vqa", "accuracy")])
+def test_a_task_takes_the_samples_of_its_kind(vlmq, tiny_folders, random_samples, grid, tmp_path, task, name):
+    lines = [{"image": str(sample.image), "answers": ["a red circle", "one circle"]} for sample in random_samples[:6]]
+    lines += [{"image": str(sample.image), "question": "how many?", "answer": "2"} for sample in random_samples[:2]]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    flags = (tiny_folders["blip2-opt"], "--grid", grid, "--data", file, "--out", tmp_path / "out")
+    code, _, err = vlmq("sweep", *flags, "--task", task, "--calibration", file)
+    assert code == 0, err
+    assert next(iter(json.loads((tmp_path / "out" / "rows.json").read_text())[0]["scores"])) == name
+    file.write_text("\n".join(map(json.dumps, lines[6:] if task == "captions" else lines[:6])))
+    code, _, err = vlmq("sweep", *flags, "--task", task, "--calibration", file)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--task {task}: no sample is a" in err

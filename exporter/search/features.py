@@ -39,10 +39,10 @@ class Features:
     def _found(self, model: PreTrainedModel) -> Tensor:
         tower = model.get_submodule(self.tower)
         batches = self.pixels.split(PIXELS)
-        seen = self.seen.get(fingerprint(tower), lambda: [None] * len(batches))  # filled in below
+        seen = self.seen.get(fingerprint(tower), lambda: [None] * len(batches))  # filled by the tower's calls
         parts = []
         for number, pixels in enumerate(batches):
-            with _remembering(tower, seen, number):
+            with _remembering(tower, seen, number, self.seen.limit):
                 found = model.get_image_features(pixels, return_dict=True).pooler_output  # type: ignore[operator]
             parts.append(found if isinstance(found, Tensor) else torch.stack(list(found)))
         self.seen.trim()
@@ -50,14 +50,20 @@ class Features:
 
 
 @contextmanager
-def _remembering(tower: nn.Module, seen: list[Any], number: int) -> Iterator[None]:
-    """Meanwhile a call of the tower gives what it gave to this batch before, or keeps what it gives."""
+def _remembering(tower: nn.Module, seen: list[Any], number: int, limit: int) -> Iterator[None]:
+    """Meanwhile a call of the tower gives what it gave to this batch before, or keeps what it gives.
+
+    limit: bytes of all batches together, beyond which none is kept.
+    """
     forward = tower.forward
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
-        if seen[number] is None:
-            seen[number] = forward(*args, **kwargs)
-        return seen[number]
+        if seen[number] is not None:
+            return seen[number]
+        output = forward(*args, **kwargs)
+        if _bytes(output) * len(seen) <= limit:
+            seen[number] = output
+        return output
 
     tower.forward = remembered  # of this module alone; its hooks run as ever
     try:

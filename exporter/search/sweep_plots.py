@@ -1,5 +1,6 @@
 """Plots of a sweep, of the kinds of paper 002: score against size with its front (Figure 4), each component by itself
-(Figure 5), and what was quantized at all, by component, kind of linear and block group (Figure 3)."""
+(Figure 5), and what was quantized at all, by component, kind of linear and block group, with stars for all of it
+(Figure 3)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FULL = 16
 PARETO, ALONE, PARTS = "pareto.png", "alone.png", "parts.png"
 MARKS = "osD^vP"
+DIVERGENCE = "divergence"
+UNITS = {"accuracy": "accuracy, %", DIVERGENCE: "divergence from the reference, nats"}
 MANY = (*PALETTE, "#8c564b", "#17a0b0", "#c8632f", "#4d6a2f")  # of subsets there are seven
 
 
@@ -40,23 +43,40 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(rows: Sequence[Row]) -> Figure:
-    """Score against size, a colour for each series, each with its front (Figure 4)."""
+    """Score against size, a colour for each series, each with its front (Figure 4); and so the divergence, where there
+    is one: it still falls where scores do not rise."""
     score = next(iter(rows[0].scores))
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axis = figure.add_subplot()
+    changed = any(row.scores.get(DIVERGENCE, 0) > 0 for row in rows)
+    figure = Figure(figsize=(13.2 if changed else 7.2, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2 if changed else 1, squeeze=False)[0]
+    _against_size(axes[0], rows, score, 1)
+    if changed:
+        _against_size(axes[1], rows, DIVERGENCE, -1)
+        axes[1].set_yscale("log")
+    for row in rows:
+        if all(bits == FULL for bits in row.bits.values()):
+            axes[0].axhline(row.scores[score], color=INK, linewidth=0.8, linestyle=":", label="reference")
+            break
+    legend(figure, axes[0])
+    return figure
+
+
+def _against_size(axis: Axes, rows: Sequence[Row], name: str, sign: int) -> None:
+    """sign: 1 where more is better, -1 where less is."""
     for number, series in enumerate(dict.fromkeys(row.series for row in rows)):
-        points = [(row.bytes / 1e6, row.scores[score]) for row in rows if row.series == series]
+        points = [(row.bytes / 1e6, row.scores[name]) for row in rows if row.series == series]
+        if name == DIVERGENCE:
+            points = [(size, score) for size, score in points if score > 0]  # zero has no logarithm
+        if not points:
+            continue
+        best = [(size, sign * score) for size, score in front([(size, sign * score) for size, score in points])]
         colour, mark = PALETTE[number % len(PALETTE)], MARKS[number % len(MARKS)]
         sizes, scores = zip(*points, strict=True)
         axis.scatter(sizes, scores, s=16, alpha=0.35, color=colour, marker=mark, linewidths=0)
-        axis.plot(*zip(*front(points), strict=True), color=colour, marker=mark, markersize=4, label=series)
-    for row in rows:
-        if all(bits == FULL for bits in row.bits.values()):
-            axis.axhline(row.scores[score], color=INK, linewidth=0.8, linestyle=":")
-            break
-    _finish(axis, f"{score} against size; lines join what no smaller one of a series beats", "MB of weights", score)
-    legend(figure, axis)
-    return figure
+        axis.plot(*zip(*best, strict=True), color=colour, marker=mark, markersize=4, label=series)
+    _finish(
+        axis, f"{name} against size, and what no smaller one of a series beats", "MB of weights", UNITS.get(name, name)
+    )
 
 
 def alone(rows: Sequence[Row]) -> Figure | None:
@@ -77,7 +97,7 @@ def alone(rows: Sequence[Row]) -> Figure | None:
         for number, component in enumerate(component for component in rows[0].bits if component in lines):
             points = zip(*sorted(lines[component]), strict=True)
             axis.plot(*points, color=PALETTE[number], marker=MARKS[number], markersize=4, label=component)
-        _finish(axis, f"{series}, one component at a time", "bits", score)
+        _finish(axis, f"{series}, one component at a time", "bits", UNITS.get(score, score))
     legend(figure, axes[0, 0])
     return figure
 
@@ -98,7 +118,12 @@ def parts(rows: Sequence[Row]) -> Figure | None:
             colour = MANY[number % len(MANY)]
             sizes, scores = zip(*points, strict=True)
             axis.scatter(sizes, scores, s=14, alpha=0.7, color=colour, linewidths=0, label=label)
-        _finish(axis, f"by {key}", "MB of weights", score)
+        for row in rows:
+            if len(set(row.bits.values())) == 1:
+                place, bits = (row.bytes / 1e6, row.scores[score]), next(iter(row.bits.values()))
+                axis.scatter(*place, marker="*", s=90, color=INK, linewidths=0, zorder=3)
+                axis.annotate(f"{bits:g}", place, (5, 3), textcoords="offset points", fontsize=8, color=INK)
+        _finish(axis, f"by {key}; stars: all of it, at so many bits", "MB of weights", UNITS.get(score, score))
         axis.legend(fontsize=7, frameon=False, labelcolor=INK)
     return figure
 
@@ -112,7 +137,8 @@ def _finish(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axis.set_xlabel(xlabel, color=INK)
     axis.set_ylabel(ylabel, color=INK)
-    axis.grid(color="#e3e7ec", zorder=0)
+    axis.grid(color="#e3e7ec")
+    axis.set_axisbelow(True)
     axis.tick_params(length=0, colors=INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#9aa5b1")
