@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,34 +103,43 @@ def alone(rows: Sequence[Row]) -> Figure | None:
 
 
 def parts(rows: Sequence[Row]) -> Figure | None:
-    """Score against size three times: by the components, kinds and block groups that were quantized (Figure 3)."""
+    """Score, and divergence, against size by the components, kinds and block groups that were quantized (Figure 3)."""
     ruled = [row for row in rows if row.recipe and all("blocks" in rule for rule in row.recipe.get("rules", ()))]
     ruled = [row for row in ruled if row.recipe and row.recipe.get("rules")]
     if not ruled:
         return None
     score = next(iter(rows[0].scores))
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 3, sharey=True), ("component", "kind", "blocks"), strict=True):
-        said = _said(key)
-        labels = sorted({said(row) for row in ruled}, key=lambda label: (label.count("+"), label))
-        for number, label in enumerate(labels):
-            points = [(row.bytes / 1e6, row.scores[score]) for row in ruled if said(row) == label]
-            colour = MANY[number % len(MANY)]
-            sizes, scores = zip(*points, strict=True)
-            axis.scatter(sizes, scores, s=14, alpha=0.7, color=colour, linewidths=0, label=label)
-        for row in rows:
-            if len(set(row.bits.values())) == 1:
-                place, bits = (row.bytes / 1e6, row.scores[score]), next(iter(row.bits.values()))
-                axis.scatter(*place, marker="*", s=90, color=INK, linewidths=0, zorder=3)
-                axis.annotate(f"{bits:g}", place, (5, 3), textcoords="offset points", fontsize=8, color=INK)
-        _finish(axis, f"by {key}; stars: all of it, at so many bits", "MB of weights", UNITS.get(score, score))
-        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+    names = [score, *([DIVERGENCE] if any(row.scores.get(DIVERGENCE, 0) > 0 for row in ruled) else [])]
+    figure = Figure(figsize=(14, 4.4 * len(names)), layout="constrained")
+    for name, axes in zip(names, figure.subplots(len(names), 3, sharey="row", squeeze=False), strict=True):
+        for axis, key in zip(axes, ("component", "kind", "blocks"), strict=True):
+            _by(axis, rows, ruled, key, name)
     return figure
 
 
-def _said(key: str) -> Callable[[Row], str]:
-    """What a row's rules have under a key, joined."""
-    return lambda row: "+".join(dict.fromkeys(rule[key] for rule in (row.recipe or {})["rules"]))
+def _by(axis: Axes, rows: Sequence[Row], ruled: Sequence[Row], key: str, name: str) -> None:
+    """A colour for each subset of components, kinds or block groups; stars where all of the model has equal bits."""
+    shown = [row for row in ruled if name != DIVERGENCE or row.scores[name] > 0]  # zero has no logarithm
+    labels = sorted({_said(row, key) for row in shown}, key=lambda label: (label.count("+"), label))
+    for number, label in enumerate(labels):
+        points = [(row.bytes / 1e6, row.scores[name]) for row in shown if _said(row, key) == label]
+        sizes, scores = zip(*points, strict=True)
+        axis.scatter(sizes, scores, s=14, alpha=0.7, color=MANY[number % len(MANY)], linewidths=0, label=label)
+    for row in rows:
+        if len(set(row.bits.values())) == 1 and (name != DIVERGENCE or row.scores[name] > 0):
+            place, bits = (row.bytes / 1e6, row.scores[name]), next(iter(row.bits.values()))
+            axis.scatter(*place, marker="*", s=90, color=INK, linewidths=0, zorder=3)
+            axis.annotate(f"{bits:g}", place, (5, 3), textcoords="offset points", fontsize=8, color=INK)
+    if name == DIVERGENCE:
+        axis.set_yscale("log")
+    _finish(axis, f"by {key}; stars: all of it, at so many bits", "MB of weights", UNITS.get(name, name))
+    axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+
+
+def _said(row: Row, key: str) -> str:
+    """What a row's rules have under a key, joined. A projection goes with the feed-forward linears, as in the grid."""
+    said = [rule[key].replace("projection", "feedforward") for rule in (row.recipe or {})["rules"]]
+    return "+".join(dict.fromkeys(said))
 
 
 def _finish(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
