@@ -472,7 +472,7 @@ def importance(
         typer.echo(f"{output}: importance.json, consensus.png, measures.png")
 
 
-Task = Annotated[str, typer.Option(help="What models are scored by: vqa.")]
+Task = Annotated[str, typer.Option(help="What models are scored by: vqa, captions, gqa, vizwiz, scienceqa.")]
 Calibrated = Annotated[
     str | None,
     typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  \\[default: the demo's; flickr30k]"),
