@@ -104,8 +104,7 @@ def again(tmp_path_factory):
     model, printed = exported("blip2-opt").packed, io.StringIO()
 
     def settings() -> tuple:
-        levels = {module.accuracy_level for module in model.modules() if hasattr(module, "accuracy_level")}
-        return model.config.to_dict(), model.config._attn_implementation, levels
+        return model.config.to_dict(), model.config._attn_implementation, [*model.modules()]
 
     before = settings()
     with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings(record=True) as warned:
@@ -208,13 +207,24 @@ def test_a_table_stays_in_half_precision_in_memory_too():
     assert graph.initializers["model.language_model.embed_tokens.weight"].dtype == ir.DataType.FLOAT16
 
 
-@pytest.mark.parametrize(("grid", "expected"), [(Grid(5, 32), 4), (Grid(3, 32), 0)])
-def test_eight_bits_are_never_asked_for_below_int8_activations(grid, expected):
+@pytest.mark.parametrize(
+    ("grid", "level", "expected"),
+    [
+        (Grid(8, 32), 0, "SplitMatMul"),
+        (Grid(8, 32), 4, "MatMulNBits"),
+        (Grid(6, 32), 4, "SplitMatMul"),
+        (Grid(3, 32), 4, "MatMulNBits"),
+    ],
+)
+def test_a_graph_brings_the_functions_that_it_calls_and_no_others(grid, level, expected):
     model = half("llava-llama")
     model.config.vision_feature_layer = 0  # the projector alone
     quantize(model.model.multi_modal_projector, grid)
-    nodes = [node for node in trace(model, "vision_encoder", accuracy_level=0).graph if node.op_type == "MatMulNBits"]
-    assert [node.attributes["accuracy_level"].as_int() for node in nodes] == [expected, expected]
+    traced = trace(model, "vision_encoder", accuracy_level=level)
+    nodes = [node for node in traced.graph if node.domain]
+    assert [node.op_type for node in nodes] == [expected, expected]
+    assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
+    assert [name for _, name, _ in traced.functions] == [expected] * (nodes[0].domain == "vlmq")
 
 
 def test_the_file_names_say_which_container_holds_most_weights():

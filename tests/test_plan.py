@@ -152,7 +152,7 @@ def test_the_bytes_of_a_linear_in_a_graph_are_those_that_packing_it_makes(bits, 
 
 
 def test_a_graph_holds_a_tied_head_twice_and_no_block_that_never_runs(configurations):
-    recipe = {"method": "rtn", "bits": 8, "group_size": 128}  # as large in both layouts
+    recipe = {"method": "rtn", "bits": 4, "group_size": 128}  # as large in both layouts
     tied, dead = (
         planned(configurations[name], formats="onnx", recipe=recipe) for name in ("blip2-opt-2.7b", "llava-1.5-7b")
     )
