@@ -21,8 +21,8 @@ FLOATING = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TOTAL = "total_sequence_length"
 
 
-def finish(model: ir.Model) -> None:
-    """Clean, name and shrink the graph in place."""
+def finish(model: ir.Model, shrink: bool = True) -> None:
+    """Clean and name the graph in place; `shrink` a float32 one."""
     _strip(model)
     for name in list(model.graph.initializers):
         if name.startswith(f"{MODEL}."):
@@ -30,7 +30,7 @@ def finish(model: ir.Model) -> None:
     for output in model.graph.outputs:
         # the tracer says past_sequence_length + sequence_length, in either order
         output.shape = ir.Shape([TOTAL if "+" in str(size) else size for size in output.shape or ()])
-    for value in list(model.graph.initializers.values()):
+    for value in list(model.graph.initializers.values()) if shrink else ():
         _store_small(model.graph, value)
     _bring_functions(model)
 

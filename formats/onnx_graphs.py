@@ -4,7 +4,7 @@
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx_data    the other tensors
 
 `<suffix>` is transformers.js' name of a precision, here of the container that holds most of the quantized weights:
-`_q4`, `_q2`, `_quantized` (8 bits, and two containers that make up 6 or 8), or nothing. Activations are float32.
+`_q4`, `_q2`, `_quantized` (8 bits, and two containers that make up 6 or 8), or nothing; in float16 `_q4f16`, `_fp16`.
 
 A quantized linear is one node, on initializers that are called `<module>.qweight`, `.scales` and so on: MatMulNBits of
 onnxruntime, or a function of domain `vlmq` that the graph brings along (kernels/products.py, kernels/functions.py).
@@ -43,16 +43,15 @@ CHATTY = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"
 
 
 def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> list[Path]:
-    """Write the graphs of a float32 model on the CPU into folder/onnx; returns the files, graphs first.
+    """Write the graphs of a model on the CPU into folder/onnx; returns the files, graphs first.
 
     Linears may be QuantizedLinear or plain. accuracy_level: 0 gives the products of the fake-quantized model; 4
     multiplies in int8, faster and with a few per cent of error a layer, where inputs are not rounded to a grid anyway.
+    A graph computes in the model's dtype: float32, or float16 for providers that have it.
     FormatError for a model no graph can be made of.
     """
     parts_of(model)
-    if model.dtype != torch.float32:
-        kind = model.config.model_type
-        raise FormatError(f"{kind}: graphs are made from float32, not {model.dtype}; load it in float32")
+    _refuse_dtype(model, accuracy_level)
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(model, accuracy_level)
@@ -60,13 +59,28 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
         return [path for name in GRAPHS for path in _write(_traced(model, name), target / f"{name}{suffix}.onnx")]
 
 
-def suffix_of(model: nn.Module, accuracy_level: int = 0) -> str:
+def _refuse_dtype(model: PreTrainedModel, accuracy_level: int) -> None:
+    """FormatError where no graph computes in the model's dtype."""
+    if model.dtype == torch.float32:
+        return
+    if model.dtype != torch.float16:
+        kind = model.config.model_type
+        raise FormatError(f"{kind}: graphs compute in float32 or float16, not {model.dtype}; load it in float32")
+    for name, linear in quantized_linears(model).items():
+        if linear.inputs is not None or len(_product(linear, accuracy_level).containers) > 1:
+            raise FormatError(f"{name}: a float16 graph has no product of {linear.grid}; load the model in float32")
+        if not torch.equal(linear.scales.half().double(), linear.scales.double()):
+            raise FormatError(f"{name}: float16 does not hold its scales exactly; load the model in float32")
+
+
+def suffix_of(model: PreTrainedModel, accuracy_level: int = 0) -> str:
     """What the file names of the model's graphs end in, before .onnx."""
     weights: Counter[int] = Counter()
     for linear in quantized_linears(model).values():
         bits = sum(_product(linear, accuracy_level).containers)
         weights[bits] += linear.in_features * linear.out_features
-    return SUFFIX[weights.most_common(1)[0][0]] if weights else ""
+    suffix = SUFFIX[weights.most_common(1)[0][0]] if weights else ""
+    return suffix if model.dtype == torch.float32 else f"{suffix}f16" if suffix else "_fp16"
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -100,7 +114,7 @@ def _traced(model: PreTrainedModel, name: str) -> ir.Model:
             verbose=False,
         )
     assert program is not None  # only with a file name is there none
-    finish(program.model)
+    finish(program.model, shrink=model.dtype == torch.float32)
     _describe(program.model, model)
     return program.model
 
@@ -118,7 +132,7 @@ def _describe(graph: ir.Model, model: nn.Module) -> None:
             linear.grid.group,
             linear.grid.symmetric,
             linear.in_features,
-            str(linear.scales.dtype),
+            str(linear.solved),
             linear.product.kind,
         ]
         for name, linear in linears.items()
@@ -168,7 +182,8 @@ def _ready(model: PreTrainedModel, accuracy_level: int) -> Iterator[None]:
             for config, _ in before:
                 config._attn_implementation = "eager"
             for name, linear in linears.items():
-                model.set_submodule(name, GraphLinear(linear, _product(linear, accuracy_level)))
+                made = GraphLinear(linear, _product(linear, accuracy_level), model.dtype)
+                model.set_submodule(name, made)
             yield
         finally:
             for name, linear in linears.items():

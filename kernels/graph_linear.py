@@ -19,9 +19,10 @@ MIDDLE = 128  # what stands for 0 in the uint8 codes of an input on a symmetric 
 class GraphLinear(nn.Module):
     """y (..., out) = x (..., in) W^T + bias: buffers as `products.pack` has them, and those of the input's range."""
 
-    def __init__(self, linear: QuantizedLinear, product: Product) -> None:
+    def __init__(self, linear: QuantizedLinear, product: Product, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the graph. In float16 scales are, too; in float32 they are cast when the graph is finished."""
         super().__init__()
-        packed = linear.packed()
+        packed = linear.packed
         self.product = product
         self.grid = linear.grid
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -35,7 +36,8 @@ class GraphLinear(nn.Module):
         self.input_zero: Tensor
         self.sums: Tensor
         for name, tensor in products.pack(packed, product.kind).items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.half() if name == "scales" and dtype == torch.float16 else tensor)
+        self.solved = linear.scales.dtype
         if linear.inputs is not None and linear.inputs.group == TENSOR:
             scale, zero = _static(linear.inputs, linear.limits)
             self.register_buffer("input_scale", scale)

@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it was solved: the same codes, scale and zero, bit for bit."""
-        return nbits.unpack(self.packed())
+        return nbits.unpack(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
             rows = x.reshape(-1, self.in_features)
             product = _int4_product(rows, self.int4, self.block, self.int4_scales).view(*x.shape[:-1], -1)
         else:
-            return F.linear(x, nbits.dequantize(self.packed()).to(x.dtype), self.bias)
+            return F.linear(x, nbits.dequantize(self.packed).to(x.dtype), self.bias)
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
@@ -127,9 +127,10 @@ class QuantizedLinear(nn.Module):
         """Undo `to_fast()`."""
         if self.int4 is None:
             return
-        self.qweight = self.packed().qweight
+        self.qweight = self.packed.qweight
         self.int4 = self.int4_scales = None
 
+    @property
     def packed(self) -> NBitsWeight:
         """The weight in MatMulNBits' layout, the layer's own tensors where it holds them so."""
         qweight = self.qweight

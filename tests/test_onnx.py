@@ -234,11 +234,17 @@ def test_the_file_names_say_which_container_holds_most_weights():
     assert suffix_of(model) == "_quantized"
     quantize(model.model.language_model, Grid(3, 32))
     assert suffix_of(model) == "_q4"
+    assert suffix_of(model.half()) == "_q4f16"
+    assert suffix_of(half("llava-llama").half()) == "_fp16"
 
 
 def test_models_no_graph_can_be_made_of_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(FormatError, match="load it in float32"):
-        export(half("llava-llama").half(), tmp_path)
+        export(half("llava-llama").bfloat16(), tmp_path)
+    model = half("llava-llama").half()
+    quantize(model.model.multi_modal_projector, Grid(8, 32))
+    with pytest.raises(FormatError, match="a float16 graph has no product of"):
+        export(model, tmp_path)
     model = half("llava-llama")
     model.config.vision_config.model_type = "pixtral"
     with pytest.raises(FormatError, match="no ONNX graph for a pixtral"):

@@ -206,8 +206,6 @@ def test_a_recipe_that_cannot_be_is_refused_by_the_plan(configurations):
     folder = configurations["llava-llama"]
     with pytest.raises(VlmqError, match="64 columns do not divide into groups of 128"):
         planned(folder, recipe={"group_size": 128})
-    with pytest.raises(VlmqError, match="ONNX graphs hold no activation grid"):
-        planned(folder, recipe={"activations": {"bits": 8}}, formats="both")
     with pytest.raises(VlmqError, match="needs at least one to be calibrated"):
         planned(folder, samples=0)
 
