@@ -43,7 +43,7 @@ PRODUCTS = {
 def component(name: str) -> str:
     if "vision" in name:
         return "vision"
-    return "connector" if "qformer" in name or "proj" in name.split(".")[-2] or "projection" in name else "language"
+    return "connector" if any(part in name for part in ("qformer", "projection", "projector")) else "language"
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
