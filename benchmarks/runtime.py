@@ -193,7 +193,9 @@ def read_bytes(path: Path) -> int:
     for value in graph.initializers.values():
         casts = [node for node in value.consumers() if node.op_type == "Cast"]
         width = 4 / value.dtype.itemsize if casts and value.dtype is not None else 1
-        total += 0 if value.const_value is None else int(value.const_value.nbytes * width)
+        looked_up = all(node.op_type == "Gather" for node in value.consumers())  # of such a table only some rows
+        if value.const_value is not None and not looked_up:
+            total += int(value.const_value.nbytes * width)
     return total
 
 

@@ -189,6 +189,38 @@ def test_a_sliding_window_is_in_the_graph():
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
 
 
+FUSED = {
+    ("blip2-opt", "vision_encoder"): {"SkipLayerNormalization", "BiasGelu"},
+    ("llava-llama", "decoder_model_merged"): {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"},
+}
+
+
+@pytest.mark.parametrize(("variant", "part"), FUSED, ids=str)
+def test_what_onnxruntime_fuses_as_it_loads_a_graph_changes_no_output(variant, part, tmp_path):
+    path = exported(variant).folder / "onnx" / f"{part}_q4.onnx"
+    options = [onnxruntime.SessionOptions() for _ in range(2)]
+    options[0].graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options[1].optimized_model_filepath = os.fspath(tmp_path / "fused.onnx")
+    options[1].log_severity_level = 3  # that a saved graph runs on this processor alone
+    plain, fused = (
+        onnxruntime.InferenceSession(os.fspath(path), option, providers=["CPUExecutionProvider"]) for option in options
+    )
+    nodes = onnx.load(tmp_path / "fused.onnx", load_external_data=False).graph.node
+    assert {node.op_type for node in nodes} >= FUSED[variant, part]
+
+    source = np.random.default_rng(0)
+    sizes = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8}
+    feeds = {
+        value.name: source.standard_normal([sizes.get(size, size) for size in value.shape]).astype(np.float32)
+        for value in plain.get_inputs()
+    }
+    if part.startswith("decoder"):
+        feeds |= {"attention_mask": np.ones((2, 8), np.int64), "position_ids": np.tile(np.arange(5, 8), (2, 1))}
+        feeds["attention_mask"][0, :2] = 0
+    for left, right in zip(plain.run(None, feeds), fused.run(None, feeds), strict=True):
+        np.testing.assert_allclose(right, left, atol=1e-5)
+
+
 def test_weights_that_float16_holds_take_two_bytes_and_others_four():
     model = half("llava-llama")
     model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = 1 / 3
