@@ -52,7 +52,7 @@ def build(part: str, scheme: tuple[int, int, int | None, int], count: int, folde
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(config(part, count)).eval()
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(2**22, generator=generator).half().float()  # as precise as a checkpoint's, so stored in float16
+    pool = torch.randn(2**22, generator=generator).mul(256).round().div(256)  # float16 holds it, as a checkpoint does
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, pool, name.endswith("weight"))
