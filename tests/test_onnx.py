@@ -191,7 +191,7 @@ def test_a_sliding_window_is_in_the_graph():
 
 FUSED = {
     ("blip2-opt", "vision_encoder"): {"SkipLayerNormalization", "BiasGelu"},
-    ("llava-llama", "decoder_model_merged"): {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"},
+    ("llava-llama", "decoder_model_merged"): {"FusedMatMul", "QuickGelu"},
 }
 
 
