@@ -36,7 +36,7 @@ from vlmq.exporter.planning import plan as planning
 from vlmq.exporter.planning.workload import Workload
 from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
-from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.release import Release
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
@@ -44,7 +44,7 @@ from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
-from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs
+from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs, onnx_weights
 from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
@@ -123,7 +123,6 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
-    refuse_for_format(assignment, request.formats)
     refuse_for_workers(assignment)
     needed = _planned(request, checkpoint, model, plan, assignment)
     planning.refuse(needed)
@@ -181,14 +180,13 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
 def plan(request: Request) -> planning.Plan:
     """What the export of a request will make and need; the model's configuration is enough.
 
-    VlmqError for a recipe that is not meant for the model, or that the formats cannot hold.
+    VlmqError for a recipe that is not meant for the model.
     """
     consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision, weights=False), request.recipe.rotate)
     model = checkpoint.skeleton()
     walk = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(walk)
-    refuse_for_format(assignment, request.formats)
     return _planned(request, checkpoint, model, walk, assignment)
 
 
@@ -197,7 +195,8 @@ def _planned(
 ) -> planning.Plan:
     samples = _samples(request, assignment)
     formats, memory = request.formats, request.activation_memory
-    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate)
+    level = request.accuracy_level
+    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate, level)
     return planning.plan(work, request.output)
 
 
@@ -316,5 +315,7 @@ def _manifest(
         tensors=written.records,
         kept={on_disk(module): reason for module, reason in assignment.kept.items()},
         files=manifest.describe(folder),
-        onnx=None if request.formats == "safetensors" else {"accuracy_level": request.accuracy_level},
+        onnx=None
+        if request.formats == "safetensors"
+        else {"accuracy_level": request.accuracy_level, "linears": onnx_weights.summary(folder)},
     )

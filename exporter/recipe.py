@@ -41,7 +41,7 @@ from vlmq.exporter.walk import Site, Walk
 from vlmq.exporter.yaml_files import read_yaml
 from vlmq.kernels.grid import ROW, TENSOR, Grid
 
-__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format", "thirds_of"]
+__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "thirds_of"]
 
 WIDTHS = (256, 128, 64, 32, 16)  # of groups, what `indivisible: shrink` chooses from
 UNIFORM = "uniform"  # has one grid only: asymmetric, for the whole tensor (paper 002, A.1)
@@ -269,15 +269,6 @@ def _refuse_two_scales(walk: Walk, schemes: dict[str, Scheme]) -> None:
                 f"{second}: {schemes[second].method} would rescale the input it shares with {first}, which "
                 f"{schemes[first].method} rescales; give both one method"
             )
-
-
-def refuse_for_format(assignment: Assignment, formats: Literal["safetensors", "onnx", "both"]) -> None:
-    """VlmqError naming the first site whose scheme the format cannot hold."""
-    if formats == "safetensors":
-        return
-    for name, scheme in assignment.schemes.items():
-        if scheme.inputs:
-            raise VlmqError(f"{name}: ONNX graphs hold no activation grid; choose --format safetensors")
 
 
 def read_recipe(file: Path) -> Recipe:

@@ -122,7 +122,7 @@ class VisionEncoder(Part):
 
     def example(self) -> tuple:
         side = self.vision.image_size
-        return (torch.zeros(2, 3, side, side),)
+        return (torch.zeros(2, 3, side, side, dtype=self.vlm.dtype),)
 
     def dynamic(self) -> tuple:
         return ({0: "batch_size"},)
@@ -171,10 +171,12 @@ class Decoder(Part):
         width = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
         def slot() -> Tensor:
-            return torch.zeros(batch, heads, past, width)  # one tensor twice would be traced as one input
+            return torch.zeros(
+                batch, heads, past, width, dtype=self.vlm.dtype
+            )  # one tensor twice would be traced as one input
 
         return (
-            torch.zeros(batch, sequence, self.embedding[0].embedding_dim),
+            torch.zeros(batch, sequence, self.embedding[0].embedding_dim, dtype=self.vlm.dtype),
             torch.ones(batch, past + sequence, dtype=torch.long),
             torch.arange(past, past + sequence).expand(batch, -1),
             [(slot(), slot()) for _ in range(self.layers)],

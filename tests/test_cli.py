@@ -89,10 +89,6 @@ def bad_inputs(folder, exported, tmp_path, images):
         "group": (("export", folder), "64 columns do not divide into groups of 128"),
         "odd group": (("export", folder, "--group-size", 50), "a group of 50 columns"),
         "inputs of 5 bits": (("export", folder, "--activation-bits", 5), "5 bits for inputs; choose 4, 6, 8"),
-        "inputs in graphs": (
-            ("export", folder, "--method", "rtn", *fine, "--activation-bits", 8, "--format", "both"),
-            "ONNX graphs hold no activation grid; choose --format safetensors",
-        ),
         "option without a value": (("export", folder, "--option", "damp"), "--option damp: no value; write KEY=VALUE"),
         "option null": (
             ("export", folder, "--option", "threshold=null"),

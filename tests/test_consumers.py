@@ -113,10 +113,9 @@ def test_transformers_is_not_given_what_its_reader_cannot_load(content, message)
     assert assign("llava-llama", **content).schemes  # which is no reason to refuse it for others
 
 
-def test_onnxruntime_is_given_no_rounded_inputs():
-    assert "onnxruntime rounds inputs for no ONNX graph" in refusal(
-        "llava-llama", consumer="onnxruntime", activations={"bits": 8}
-    )
+def test_onnxruntime_is_given_rounded_inputs():
+    schemes = assign("llava-llama", consumer="onnxruntime", activations={"bits": 8}).schemes
+    assert all(scheme.inputs for scheme in schemes.values())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from vlmq.exporter.load import load
 from vlmq.exporter.names import memory_names
 from vlmq.exporter.skeleton import skeleton
-from vlmq.formats import compressed_tensors, manifest, onnx_graphs
+from vlmq.formats import compressed_tensors, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.kernels.grid import ROW, TENSOR, Grid, Limits, QuantizedWeight
 from vlmq.kernels.linear import QuantizedLinear
@@ -347,13 +347,6 @@ def test_a_manifest_with_other_inputs_than_the_config_is_refused(tmp_path):
     manifest.write(tmp_path / "out", made.model_copy(update={"tensors": records}))
     with pytest.raises(FormatError, match=r"vlmq\.json says .*inputs=None.*config\.json .*inputs=Grid\(bits=8"):
         load(tmp_path / "out")
-
-
-def test_graphs_of_a_model_that_rounds_its_inputs_are_refused_by_name(tmp_path):
-    packed_folder("llava-llama", tmp_path / "out", everything(Grid(8, ROW)), inputs=Grid(8, ROW))
-    with pytest.raises(FormatError, match=r"proj: ONNX graphs hold no activation grid; choose --format safetensors"):
-        onnx_graphs.export(load(tmp_path / "out"), tmp_path)
-    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

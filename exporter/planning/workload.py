@@ -61,6 +61,7 @@ class Workload:
     verify: bool
     activation_memory: int = MEMORY
     gate: bool = False
+    accuracy_level: int = 0
 
     @property
     def batch(self) -> int:

@@ -18,7 +18,7 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.inspection import inspection, stored_dtype
 from vlmq.exporter.progress import Progress, silent
-from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT
@@ -89,7 +89,6 @@ def allocations(
     skeleton = checkpoint.skeleton()
     walk = ends.plan(checkpoint, skeleton, request.recipe)
     base = request.recipe.assign(walk)
-    refuse_for_format(base, request.formats)
     if request.recipe.qkv == "v-only":
         raise VlmqError("recipe: --qkv v-only stores fused projections dense, so bits save nothing; choose another")
     if not is_chosen_for(walk, base):
@@ -129,7 +128,6 @@ def allocations(
                 raise VlmqError(f"--budget {text}: has room for every linear at 16 bits; give less")
             recipe = with_rules(request.recipe, walk, chosen)
             final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
-            refuse_for_format(final, request.formats)
             _check(final, assignments, chosen)
             linears = solution.bytes + pinned
             made.append(
