@@ -122,6 +122,12 @@ def bad_inputs(folder, exported, tmp_path, images):
         "verify nothing": (("verify", text), "vlmq.json"),
         "run nothing": (("run", tmp_path / "nowhere", "--image", "x.png"), "has no config.json"),
         "run no image": (("run", folder, "--image", tmp_path / "gone.png"), "no such image"),
+        "run unpaired": (("run", folder, *["--image", images[0]] * 2, *["--prompt", "a"] * 3), "do not pair up"),
+        "run greedy with top-k": (("run", folder, "--image", images[0], "--top-k", 5), "choose a temperature above 0"),
+        "run on a provider in torch": (
+            ("run", folder, "--image", images[0], "--engine", "torch", "--provider", "cuda"),
+            "a provider is onnxruntime's",
+        ),
     }
 
 
@@ -153,6 +159,9 @@ BAD = (
     "verify nothing",
     "run nothing",
     "run no image",
+    "run unpaired",
+    "run greedy with top-k",
+    "run on a provider in torch",
 )
 
 

@@ -4,13 +4,15 @@ A token need not be a whole character, nor a character final: a piece is what ca
 pieces of an answer are its text.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte, where a vocabulary of characters falls back to bytes
 UNFINISHED = "\ufffd"  # what tokenizers make of the bytes of a character that is not whole
 
 
@@ -26,7 +28,7 @@ class Answer:
 class Piece:
     """What one more token adds to the text of the answer to the prompt at `place` in its batch, which may be nothing.
 
-    token: None where an answer is over, and the text that was waiting for more comes out.
+    token: None in the last piece of an answer, whose text was waiting for more.
     """
 
     place: int
@@ -54,24 +56,39 @@ class Transcript:
         self._writers = {place: _Writer(tokenizer) for place in range(count)}  # of the answers that go on
         self._stop = stop
 
-    def add(self, tokens: Iterable[int]) -> Iterable[Piece]:
+    def add(self, tokens: Iterable[int]) -> Iterator[Piece]:
         """The next token of every answer, of those that are over too, in the batch's order."""
         for place, token in enumerate(tokens):
             if place in self._writers:
                 if token in self._stop:
-                    yield from self._close(place)
+                    yield self._close(place)
                 else:
                     yield Piece(place, self._writers[place].add(int(token)), int(token))
 
-    def end(self) -> Iterable[Piece]:
+    def end(self) -> Iterator[Piece]:
         """No answer goes on."""
         for place in sorted(self._writers):
-            yield from self._close(place)
+            yield self._close(place)
 
-    def _close(self, place: int) -> Iterable[Piece]:
-        rest = self._writers.pop(place).end()
-        if rest:
-            yield Piece(place, rest, None)
+    def _close(self, place: int) -> Piece:
+        return Piece(place, self._writers.pop(place).end(), None)
+
+
+def in_order(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The texts of a batch as they can be printed, an answer a line: the first as it is said, later ones in turn."""
+    waiting: dict[int, str] = {}
+    over: set[int] = set()
+    turn = 0
+    for piece in pieces:
+        if piece.place == turn:
+            yield piece.text
+        else:
+            waiting[piece.place] = waiting.get(piece.place, "") + piece.text
+        if piece.token is None:
+            over.add(piece.place)
+        while turn in over:
+            turn += 1
+            yield "\n" + waiting.pop(turn, "")
 
 
 class _Writer:
@@ -79,12 +96,15 @@ class _Writer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._tokens, self._written = tokenizer, list[int](), 0
+        self._whole = 0  # tokens before a run of single bytes, which another byte may still turn into no characters
         # Cleaning up joins " ." and " n't" to the word before, so no word is settled before the next begins.
         self._by_word = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
     def add(self, token: int) -> str:
         self._tokens.append(token)
-        text = text_of(self._tokenizer, self._tokens).rstrip(UNFINISHED).rstrip()
+        if not BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+            self._whole = len(self._tokens)
+        text = text_of(self._tokenizer, self._tokens[: self._whole]).rstrip(UNFINISHED).rstrip()
         return self._until(text, max(text.rfind(" "), 0) if self._by_word else len(text))
 
     def end(self) -> str:
