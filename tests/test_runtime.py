@@ -159,7 +159,7 @@ def test_an_error_while_pytorch_streams_is_told(models):
     variant, _, packed, _ = models
     broken = TorchVlm(packed.model, packed.processor)
     broken.stop = {"no token"}
-    with pytest.raises(Exception, match="no token"):
+    with pytest.raises((TypeError, ValueError), match="str"):
         list(broken.stream(pictures()[:1], prompts(variant)[:1], STEPS))
 
 

@@ -37,11 +37,16 @@ def _complete(processor: "ProcessorMixin", config: dict[str, Any]) -> None:
     known: dict[str, Any] = {"num_query_tokens": config.get("num_query_tokens")}
     vision = config.get("vision_config", {})
     if config.get("model_type") == "llava":
+        strategy = config.get("vision_feature_select_strategy", "default")
+        # A processor that leaves no token out where the model does has it left out of its count (transformers_js.py).
+        counts = strategy == "default" and getattr(processor, "vision_feature_select_strategy", None) == "full"
         known = {
             "patch_size": vision.get("patch_size"),
-            "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+            "vision_feature_select_strategy": strategy,
             # CLIP's class token; absent in processors that were saved before transformers counted it.
-            "num_additional_image_tokens": 1 if vision.get("model_type") == "clip_vision_model" else None,
+            "num_additional_image_tokens": 1
+            if vision.get("model_type") == "clip_vision_model" and not counts
+            else None,
         }
     for name, value in known.items():
         if value is not None and not getattr(processor, name, None):
