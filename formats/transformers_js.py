@@ -8,9 +8,13 @@ Read by transformers.js 4.3, which knows LLaVA; a BLIP-2 runs there as `llava` o
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmq.formats.errors import FormatError
+
+DECODER = "decoder_model_merged"
 KEY = "transformers.js_config"
 # what a file name ends in, before .onnx -> its name there
 DTYPES = {
@@ -26,24 +30,37 @@ DTYPES = {
 
 def complete(folder: Path) -> list[Path]:
     """Write what is missing into a folder that holds onnx/, config.json and the processor; the files written."""
-    config = _read(folder / "config.json")
-    graphs = sorted(path.name for path in (folder / "onnx").glob("*.onnx"))
-    suffix = next(name for name in graphs if name.startswith("decoder_model_merged")).removesuffix(".onnx")
-    dtype = DTYPES[suffix.removeprefix("decoder_model_merged")]
-    outside = {name: 1 for name in graphs if (folder / "onnx" / f"{name}_data").exists()}
-    written = [_write(folder / "config.json", {**config, KEY: {"dtype": dtype, "use_external_data_format": outside}})]
-    processor = _read(folder / "processor_config.json")
-    images = _read(folder / "preprocessor_config.json") or processor.get("image_processor", {})
+    made = additions(folder, _read(folder / "config.json"), folder / "onnx")
+    for name, content in made.items():
+        (folder / name).write_text(as_text(content), encoding="utf-8")
+    return [folder / name for name in made]
+
+
+def additions(source: Path, config: Mapping[str, Any], onnx: Path) -> dict[str, dict[str, Any]]:
+    """File -> what it says in a folder with these graphs, made from a source's processor and the config.json."""
+    graphs = sorted(path.name for path in onnx.glob("*.onnx"))
+    decoder = next((name for name in graphs if name.startswith(DECODER)), None)
+    if decoder is None:
+        raise FormatError(f"{onnx}: no {DECODER}*.onnx; export with --format onnx or both")
+    dtype = DTYPES[decoder.removeprefix(DECODER).removesuffix(".onnx")]
+    outside = {name: 1 for name in graphs if (onnx / f"{name}_data").exists()}
+    made = {"config.json": {**config, KEY: {"dtype": dtype, "use_external_data_format": outside}}}
+    processor = _read(source / "processor_config.json")
+    images = processor.get("image_processor") or _read(source / "preprocessor_config.json")
     if images and config.get("model_type") == "llava":
         processor = {**processor, "processor_class": "LlavaProcessor", **_image_tokens(config, processor)}
-        written.append(_write(folder / "processor_config.json", processor))
+        made["processor_config.json"] = processor
     if images:
         named = {"processor_class": processor["processor_class"]} if "processor_class" in processor else {}
-        written.append(_write(folder / "preprocessor_config.json", {**images, **named}))
-    return written
+        made["preprocessor_config.json"] = {**images, **named}
+    return made
 
 
-def _image_tokens(config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+def as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _image_tokens(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
     """transformers counts patches + additional tokens, less one where the strategy is `default`; transformers.js never
     takes one away. Where that one is the class token, none is additional and the strategy says that all are there."""
     vision = config.get("vision_config", {})
@@ -63,8 +80,3 @@ def _image_tokens(config: dict[str, Any], processor: dict[str, Any]) -> dict[str
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
