@@ -30,7 +30,7 @@ def of_transformers(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 7, VOCABULARY, 1000])
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-6])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-17])
 def test_what_is_drawn_from_is_what_transformers_would_draw_from(temperature, top_k, top_p):
     sampling = Sampling(temperature, top_k, top_p)
     expected = of_transformers(logits(), sampling)

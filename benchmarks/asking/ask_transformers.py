@@ -14,8 +14,8 @@ folder, requests = sys.argv[1:]
 model, told = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
 wrong = {kind: sorted(names)[:3] for kind, names in told.items() if kind.endswith("_keys") and names}
 assert not wrong, wrong
-compressor = getattr(model.hf_quantizer, "compressor", None)
-if compressor is not None:  # several grids: docs/formats.md
+compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+if compressor is not None:  # several grids, which are not unpacked as they are loaded: docs/formats.md
     compressor.decompress_model(model)
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 found = []
