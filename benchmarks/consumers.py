@@ -43,12 +43,7 @@ from vlmq.formats.onnx_graphs import quantized_linears
 HERE = Path(__file__).parent
 NODE = HERE.parent / "tests" / "node"
 TOKENS = 20
-RECIPES = {
-    "2": {"bits": 2},
-    "4": {"bits": 4},
-    "8": {"bits": 8},
-    "8 / 4": {"bits": 4, "vision": {"bits": 8}},
-}
+BITS = {"2": (2, {}), "4": (4, {}), "8": (8, {}), "8 / 4": (4, {"vision": {"bits": 8}})}  # of all, of components
 
 
 @dataclass(frozen=True)
@@ -166,13 +161,13 @@ def onnxruntime_genai(cell: Cell) -> list[list[int]]:
 
 
 CONSUMERS = (
-    Consumer("vlmq, PyTorch", "compressed-tensors", tuple(RECIPES), in_process(packed)),
-    Consumer("transformers", "compressed-tensors", tuple(RECIPES), transformers_alone),
+    Consumer("vlmq, PyTorch", "compressed-tensors", tuple(BITS), in_process(packed)),
+    Consumer("transformers", "compressed-tensors", tuple(BITS), transformers_alone),
     Consumer("transformers, gptqmodel", "awq", ("4",), through_gptqmodel("awq"), ("connector",)),
     Consumer("transformers, gptqmodel", "gptq", ("4", "8"), through_gptqmodel("gptq"), ("vision", "connector")),
-    Consumer("onnxruntime", "ONNX", tuple(RECIPES), in_process(OnnxVlm)),
-    Consumer("transformers.js", "ONNX", tuple(RECIPES), transformers_js),
-    Consumer("onnxruntime-genai", "ONNX", tuple(RECIPES), onnxruntime_genai),
+    Consumer("onnxruntime", "ONNX", tuple(BITS), in_process(OnnxVlm)),
+    Consumer("transformers.js", "ONNX", tuple(BITS), transformers_js),
+    Consumer("onnxruntime-genai", "ONNX", tuple(BITS), onnxruntime_genai),
 )
 
 
@@ -217,8 +212,9 @@ def rows(families: Iterable[str], bits: Iterable[str], consumers: Sequence[Consu
             asked = [one for one in consumers if one.leaves == leaves and level in one.bits]
             if asked:
                 folder = work / "-".join((name, level.replace(" / ", "-"), *leaves))
-                left = {component: {"bits": 16} for component in leaves}
-                recipe = make_recipe({"method": "rtn", "group_size": 64, **RECIPES[level], **left})
+                width, components = BITS[level]
+                components = {**components, **{component: {"bits": 16} for component in leaves}}
+                recipe = make_recipe({"method": "rtn", "bits": width, "group_size": 64, "components": components})
                 export(Request(name, folder, recipe, verify=False, gate=False))
                 cell = Cell(name, level, folder, requests, work)
                 reference = dense(folder)
@@ -234,7 +230,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--only", nargs="+", default=sorted({consumer.name for consumer in CONSUMERS}))
     parser.add_argument("--families", nargs="+", default=list(CHECKPOINTS))
-    parser.add_argument("--bits", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--bits", nargs="+", default=list(BITS), choices=list(BITS))
     given = parser.parse_args()
     consumers = [consumer for consumer in CONSUMERS if consumer.name in given.only]
     with TemporaryDirectory() as work:
