@@ -15,6 +15,7 @@ import typer
 import vlmq
 from vlmq.exporter.errors import VlmqError
 from vlmq.formats.errors import FormatError
+from vlmq.terminal.answers import print_answers, print_stream
 from vlmq.terminal.bars import bars, note
 from vlmq.terminal.conclusions import conclude, print_json, verdict_json
 from vlmq.terminal.flags import bytes_of, group_of, thresholds_of
@@ -271,30 +272,39 @@ def push(
 @app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
-    image: Annotated[Path, typer.Option(help="The picture.")],
-    prompt: Annotated[str | None, typer.Option(help="A question about it; without one, it is described.")] = None,
+    image: Annotated[list[Path], typer.Option(help="The picture; may be repeated, for a batch.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A question about it; without one, it is described. May be repeated.")
+    ] = None,
     engine: Annotated[
         Literal["onnx", "torch"] | None, typer.Option(help="\\[default: onnx where the folder has it]")
     ] = None,
+    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="What onnxruntime computes on.")] = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 30,
+    temperature: Annotated[float, typer.Option(help="Draw tokens, the freer the higher; 0 takes the likeliest.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that are so likely together.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same answers for the same seed.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is said.")] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt as it is, without the family's template.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask an exported model about a picture."""
-    from vlmq.exporter.runtime import engine_of, without_torch
+    """Ask an exported model about a picture, or about several at once."""
+    from vlmq.exporter.runtime import Sampling, engine_of, without_torch
 
+    sampling = Sampling(temperature, top_k, top_p, seed)
     engine = engine or engine_of(folder)
     if engine == "onnx":
         without_torch()
-    from vlmq.exporter.asking import ask
+    from vlmq.exporter import asking
 
-    answer = ask(folder, image, prompt, engine, max_new_tokens, raw)
-    if as_json:
-        print_json({"text": answer.text, "tokens": list(answer.tokens)})
+    asked = (folder, image, prompt or [], engine, max_new_tokens, raw, sampling, provider)
+    if stream:
+        print_stream(asking.stream(*asked), as_json)
     else:
-        typer.echo(answer.text)
+        print_answers(asking.ask(*asked), as_json)
 
 
 @app.command()

@@ -185,13 +185,30 @@ def methods() -> str:
     return "\n".join([*lines, "", picture])
 
 
+def consumers() -> str:
+    found, machine = results("consumers")
+    lines = [
+        "Who loads an export, and how many of its greedy answers are those of transformers' model with the dequantized weights in "
+        f"float32 ({machine['processor']}; `python benchmarks/consumers.py`; 8 / 4: vision at 8 bits, the rest at 4; onnxruntime's "
+        "8-bit kernel multiplies in int8; vLLM: [what was checked instead](docs/consumers.md#vllm)):",
+        "",
+        "| consumer | layout | family | bits | loads | same greedy tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        left = f", {' and '.join(row['leaves'])} left" if row["leaves"] else ""
+        end = f"yes | {row['same']} of {row['of']}" if row["loads"] else f"no: {row['why'].replace('|', '/')} | "
+        lines.append(f"| {row['consumer']} | {row['layout']} | {row['family']} | {row['bits']}{left} | {end} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     text = README.read_text()
     before, rest = text.split(START)
     after = rest.split(END)[1]
     picture = "![Scenes, questions, and what the 16-bit and the 4-bit model answer](docs/answers.png)"
     README.write_text(
-        f"{before}{START}{exports()}\n\n{picture}\n\n{evaluation()}{methods()}\n\n{outliers()}\n{END}{after}"
+        f"{before}{START}{exports()}\n\n{picture}\n\n{evaluation()}{methods()}\n\n{outliers()}\n\n{consumers()}\n{END}{after}"
     )
 
 

@@ -44,7 +44,7 @@ from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
-from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs, onnx_weights
+from vlmq.formats import card, compressed_tensors, genai, manifest, onnx_graphs, onnx_weights, transformers_js
 from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
@@ -162,6 +162,8 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
             written = _write_safetensors(request, checkpoint, blocks, assignment, folder)
             if request.formats == "both":
                 _write_onnx(folder, folder, request.accuracy_level, progress)
+        if request.formats != "safetensors":
+            transformers_js.complete(folder)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
         card.write(folder)  # of what is known by then; written again when more was measured
@@ -281,7 +283,9 @@ def _write_safetensors(
 
 def _write_onnx(weights: Path, folder: Path, accuracy_level: int, progress: Progress) -> None:
     progress("ONNX graphs", 0, 1)
-    onnx_graphs.export(load(weights), folder, accuracy_level)
+    model = load(weights)
+    onnx_graphs.export(model, folder, accuracy_level)
+    genai.write(folder, model.config)
     progress("ONNX graphs", 1, 1)
 
 

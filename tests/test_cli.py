@@ -78,6 +78,7 @@ def bad_inputs(folder, exported, tmp_path, images):
     rules.write_text("group_size: 32\nrules:\n- {match: mlp.gate_proj, bits: 8}\n")
     existing = tmp_path / "existing"
     existing.mkdir()
+    picture = next(images.iterdir())
     fine = ("--group-size", 32, "--calibration", images, "--samples", 4, "--no-verify")
     return {
         "no such model": (("export", tmp_path / "nowhere"), "no such folder"),
@@ -118,6 +119,12 @@ def bad_inputs(folder, exported, tmp_path, images):
         "verify nothing": (("verify", text), "vlmq.json"),
         "run nothing": (("run", tmp_path / "nowhere", "--image", "x.png"), "has no config.json"),
         "run no image": (("run", folder, "--image", tmp_path / "gone.png"), "no such image"),
+        "run unpaired": (("run", folder, *["--image", picture] * 2, *["--prompt", "a"] * 3), "do not pair up"),
+        "run greedy with top-k": (("run", folder, "--image", picture, "--top-k", 5), "choose a temperature above 0"),
+        "run on a provider in torch": (
+            ("run", folder, "--image", picture, "--engine", "torch", "--provider", "cuda"),
+            "a provider is onnxruntime's",
+        ),
     }
 
 
@@ -149,6 +156,9 @@ BAD = (
     "verify nothing",
     "run nothing",
     "run no image",
+    "run unpaired",
+    "run greedy with top-k",
+    "run on a provider in torch",
 )
 
 
