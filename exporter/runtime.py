@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 Engine = Literal["torch", "onnx"]
+ENCODER_DECODERS = ("t5",)  # language models whose config.json seldom says that they are
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
 
@@ -95,6 +96,8 @@ class TorchVlm:
     """A transformers model and its processor."""
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
+        from vlmq.exporter.families import start_token  # imports transformers, which a process without torch does later
+
         self.model, self.processor = model.eval(), processor
         processor.tokenizer.padding_side = "left"
         self.stop = _stop_tokens(
@@ -102,6 +105,8 @@ class TorchVlm:
             getattr(model.config.text_config, "eos_token_id", None),
             processor.tokenizer.eos_token_id,
         )
+        text = model.config.text_config
+        self.start = start_token(text) if text.is_encoder_decoder else None
 
     def generate(self, images: Sequence["Image"], prompts: Sequence[str], max_new_tokens: int = 20) -> list[Answer]:
         """The greedy continuation of each prompt about its image, one batch; without images, of the text alone."""
@@ -115,10 +120,12 @@ class TorchVlm:
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(self.stop),
             pad_token_id=_pad(self.processor),
+            decoder_start_token_id=self.start,
         )
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, generation_config=greedy)
-        new = tokens[:, inputs["input_ids"].shape[1] :]  # generate() gives the prompt back first
+        given = inputs["input_ids"].shape[1] if self.start is None else 1
+        new = tokens[:, given:]  # generate() gives what it went on from back first
         return _answers(new.tolist(), self.stop, self.processor)
 
     def image_features(self, images: Sequence["Image"]) -> "torch.Tensor":
@@ -136,8 +143,11 @@ class TorchVlm:
         """(n, vocabulary) float32: the logits of the first new token."""
         import torch
 
+        inputs = self._inputs(images, prompts)
+        if self.start is not None:
+            inputs["decoder_input_ids"] = torch.full((len(prompts), 1), self.start, device=self.model.device)
         with torch.inference_mode():
-            logits = self.model(**self._inputs(images, prompts)).logits
+            logits = self.model(**inputs).logits
         return logits[:, -1].float().cpu().numpy()
 
     def forced_logits(
@@ -155,6 +165,7 @@ class TorchVlm:
             max_new_tokens=max(map(len, answers)) + 1,
             eos_token_id=None,
             pad_token_id=_pad(self.processor),
+            decoder_start_token_id=self.start,
         )
         with torch.inference_mode():
             self.model.generate(
@@ -212,13 +223,18 @@ class OnnxVlm:
             self.processor.tokenizer.eos_token_id,
         )
         self.vision, self.embed, self.decoder = (_session(_graph(folder, name), threads) for name in GRAPHS)
+        self.encoder: Any = None
+        self.start: Any = None
+        if config.get("text_config", {}).get("model_type") in ENCODER_DECODERS:
+            self.encoder = _session(_graph(folder, "encoder_model"), threads)
+            named = config["text_config"].get("decoder_start_token_id")
+            self.start = config["text_config"].get("pad_token_id", 0) if named is None else named
         self.past = [slot for slot in self.decoder.get_inputs() if slot.name.startswith("past_key_values.")]
         self.outputs = [output.name for output in self.decoder.get_outputs()]
 
     def generate(self, images: Sequence["Image"], prompts: Sequence[str], max_new_tokens: int = 20) -> list[Answer]:
         """The greedy continuation of each prompt about its image, one batch; without images, of the text alone."""
-        embeds, mask = self._prompt(images, prompts)
-        past = self._no_past(len(prompts))
+        embeds, mask, past = self._begin(images, prompts)
         running = np.ones(len(prompts), dtype=bool)
         steps: list[np.ndarray] = []
         while len(steps) < max_new_tokens and running.any():
@@ -227,7 +243,7 @@ class OnnxVlm:
             steps.append(tokens)
             running &= ~np.isin(tokens, sorted(self.stop))
             embeds = self._embed(tokens[:, None])
-            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            mask = self._grown(mask)
         new = np.stack(steps, axis=1).tolist() if steps else [[] for _ in prompts]
         return _answers(new, self.stop, self.processor)
 
@@ -238,21 +254,20 @@ class OnnxVlm:
 
     def next_logits(self, images: Sequence["Image"], prompts: Sequence[str]) -> np.ndarray:
         """(n, vocabulary) float32: the logits of the first new token."""
-        return self._step(*self._prompt(images, prompts), self._no_past(len(prompts)))[0]
+        return self._step(*self._begin(images, prompts))[0]
 
     def forced_logits(
         self, images: Sequence["Image"], prompts: Sequence[str], answers: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         """For each prompt (tokens + 1, vocabulary) float32: the logits that generation sees before every token of the
         answer given, and after its last, whatever it would have said itself."""
-        embeds, mask = self._prompt(images, prompts)
-        past = self._no_past(len(prompts))
+        embeds, mask, past = self._begin(images, prompts)
         steps: list[np.ndarray] = []
         for step in range(max(map(len, answers)) + 1):
             logits, past = self._step(embeds, mask, past)
             steps.append(logits)
             embeds = self._embed(np.array(_said_at(answers, step, _pad(self.processor)))[:, None])
-            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            mask = self._grown(mask)
         return _rows(steps, answers)
 
     def _prompt(self, images: Sequence["Image"], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -275,24 +290,46 @@ class OnnxVlm:
     def _embed(self, tokens: np.ndarray) -> np.ndarray:
         return self.embed.run(None, {"input_ids": tokens.astype(np.int64)})[0]
 
-    def _no_past(self, batch: int) -> list[Any]:
-        import onnxruntime
+    def _begin(self, images: Sequence["Image"], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+        """What the first step of the decoder reads: inputs_embeds, the mask of what was asked, and the past.
 
-        empty = (np.zeros((batch, slot.shape[1], 0, slot.shape[3]), dtype=np.float32) for slot in self.past)
-        return [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in empty]
+        Where an encoder reads what is asked, that is the token that answers begin with, and a past that ends with what
+        the encoder made of the question, for all steps to read.
+        """
+        embeds, mask = self._prompt(images, prompts)
+        if self.encoder is None:
+            return embeds, mask, self._no_past(len(prompts))
+        asked = _values({"inputs_embeds": embeds, "encoder_attention_mask": mask})
+        cross = self.encoder.run_with_ort_values([output.name for output in self.encoder.get_outputs()], asked)
+        start = np.full((len(prompts), 1), self.start)
+        return self._embed(start), mask, [*self._no_past(len(prompts))[: -len(cross)], *cross]
+
+    def _grown(self, mask: np.ndarray) -> np.ndarray:
+        """The mask after one more token: an encoder's stays as it is."""
+        return np.pad(mask, ((0, 0), (0, 1)), constant_values=1) if self.encoder is None else mask
+
+    def _no_past(self, batch: int) -> list[Any]:
+        empty = {slot.name: np.zeros((batch, slot.shape[1], 0, slot.shape[3]), np.float32) for slot in self.past}
+        return list(_values(empty).values())
 
     def _step(self, embeds: np.ndarray, mask: np.ndarray, past: list[Any]) -> tuple[np.ndarray, list[Any]]:
         """Run the decoder on new positions  ->  logits of the last one (n, vocabulary), the longer past."""
-        import onnxruntime
-
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1] :]  # padding does not count
-        fed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in fed.items()
-        }
-        values |= {slot.name: value for slot, value in zip(self.past, past, strict=True)}
+        if self.encoder is None:
+            positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1] :]  # padding does not count
+            fed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        else:
+            fed = {"inputs_embeds": embeds, "encoder_attention_mask": mask}
+        values = _values(fed) | {slot.name: value for slot, value in zip(self.past, past, strict=True)}
         logits, *present = self.decoder.run_with_ort_values(self.outputs, values)
-        return logits.numpy()[:, -1], present
+        return logits.numpy()[:, -1], [*present, *past[len(present) :]]
+
+
+def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    import onnxruntime
+
+    return {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+    }
 
 
 def _encode(processor: "ProcessorMixin", images: Sequence["Image"], prompts: Sequence[str], kind: str) -> Any:

@@ -3,6 +3,8 @@
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx         the graph, tensors below 1 KiB inside
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx_data    the other tensors
 
+A language model with an encoder has a fourth, `encoder_model`, and another decoder (onnx_encoder_decoder.py).
+
 `<suffix>` is transformers.js' name of a precision, here of the container that holds most of the quantized weights:
 `_q4`, `_q2`, `_quantized` (8 bits), or nothing. Activations are float32. A quantized linear is a
 `com.microsoft::MatMulNBits` whose initializers are called `<module>.qweight`, `.scales` and `.qzeros`; which grid its
@@ -22,9 +24,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.formats import onnx_encoder_decoder
 from vlmq.formats.errors import FormatError
 from vlmq.formats.onnx_finish import INLINE_BYTES, finish
-from vlmq.formats.onnx_modules import GRAPHS, parts_of
+from vlmq.formats.onnx_modules import DECODER, LOOKING, Decoder, Part, parts_of
 from vlmq.kernels.embedding import QuantizedEmbedding
 from vlmq.kernels.linear import QuantizedLinear
 from vlmq.kernels.nbits import CONTAINERS
@@ -42,7 +45,7 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
     a few per cent of error a layer); 8-bit weights always get 4. FormatError for a model no graph can be made of, one
     whose linears round their inputs included.
     """
-    parts_of(model)
+    graphs = graphs_of(model)
     if model.dtype != torch.float32:
         kind = model.config.model_type
         raise FormatError(f"{kind}: graphs are made from float32, not {model.dtype}; load it in float32")
@@ -53,8 +56,21 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
     target.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(model)
     return [
-        path for name in GRAPHS for path in _write(trace(model, name, accuracy_level), target / f"{name}{suffix}.onnx")
+        path for name in graphs for path in _write(trace(model, name, accuracy_level), target / f"{name}{suffix}.onnx")
     ]
+
+
+def graphs_of(model: PreTrainedModel) -> dict[str, type[Part]]:
+    """The graphs of a model by name, in the order in which they run; FormatError where it has none."""
+    parts_of(model)
+    if not model.config.text_config.is_encoder_decoder:
+        return {**LOOKING, DECODER: Decoder}
+    onnx_encoder_decoder.refuse(model)
+    return {
+        **LOOKING,
+        onnx_encoder_decoder.ENCODER: onnx_encoder_decoder.Encoder,
+        DECODER: onnx_encoder_decoder.Decoder,
+    }
 
 
 def suffix_of(model: nn.Module) -> str:
@@ -71,9 +87,9 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Model:
-    """One of GRAPHS, cleaned and with its weights in memory; the model is as before."""
+    """One of `graphs_of`, cleaned and with its weights in memory; the model is as before."""
     with _dense_embedding(model), _ready(model, accuracy_level), _quiet(), torch.no_grad():
-        part = GRAPHS[name](model).eval()
+        part = graphs_of(model)[name](model).eval()
         program = torch.onnx.export(
             part,
             part.example(),

@@ -79,7 +79,15 @@ class Scorer:
     """Asks any number of models of one family the same questions; whatever no model changes is prepared here, once."""
 
     def __init__(self, checkpoint: Checkpoint, samples: Sequence[Sample], model: PreTrainedModel | None = None) -> None:
-        """model: any of the family's, where one is in memory already; it tells where answers end."""
+        """model: any of the family's, where one is in memory already; it tells where answers end.
+
+        VlmqError for an encoder-decoder, which has no one sequence to pack.
+        """
+        if checkpoint.family.start is not None:
+            raise VlmqError(
+                f"{checkpoint.name}: an encoder-decoder cannot be swept: question and answer are not one sequence; "
+                "score exports of it with vlmq evaluate"
+            )
         vlm = TorchVlm(model or load(checkpoint.folder), open_processor(checkpoint.folder))
         self.samples, self.processor, self.stop = samples, vlm.processor, vlm.stop
         self.decoder, self.head = LANGUAGE[checkpoint.family.name]
