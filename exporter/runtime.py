@@ -99,7 +99,6 @@ class TorchVlm:
         from vlmq.exporter.families import start_token  # imports transformers, which a process without torch does later
 
         self.model, self.processor = model.eval(), processor
-        processor.tokenizer.padding_side = "left"
         self.stop = _stop_tokens(
             getattr(model.generation_config, "eos_token_id", None),
             getattr(model.config.text_config, "eos_token_id", None),
@@ -107,6 +106,7 @@ class TorchVlm:
         )
         text = model.config.text_config
         self.start = start_token(text) if text.is_encoder_decoder else None
+        _pad_outside(processor, self.start is not None)
 
     def generate(self, images: Sequence["Image"], prompts: Sequence[str], max_new_tokens: int = 20) -> list[Answer]:
         """The greedy continuation of each prompt about its image, one batch; without images, of the text alone."""
@@ -214,7 +214,6 @@ class OnnxVlm:
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """threads: of one operator; 0 lets onnxruntime choose."""
         self.processor = open_processor(folder)
-        self.processor.tokenizer.padding_side = "left"
         config = _json(folder / "config.json")
         self.image_token = config.get("image_token_id", config.get("image_token_index"))
         self.stop = _stop_tokens(
@@ -229,6 +228,7 @@ class OnnxVlm:
             self.encoder = _session(_graph(folder, "encoder_model"), threads)
             named = config["text_config"].get("decoder_start_token_id")
             self.start = config["text_config"].get("pad_token_id", 0) if named is None else named
+        _pad_outside(self.processor, self.encoder is not None)
         self.past = [slot for slot in self.decoder.get_inputs() if slot.name.startswith("past_key_values.")]
         self.outputs = [output.name for output in self.decoder.get_outputs()]
 
@@ -332,8 +332,14 @@ def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
+def _pad_outside(processor: Any, has_encoder: bool) -> None:
+    """Pad on the left, where generation goes on from the last token of what was asked; for an encoder on the right:
+    BLIP-2's processor puts the image's tokens before the padding, and T5 counts the distance between any two tokens."""
+    processor.tokenizer.padding_side = "right" if has_encoder else "left"
+
+
 def _encode(processor: "ProcessorMixin", images: Sequence["Image"], prompts: Sequence[str], kind: str) -> Any:
-    """input_ids and attention_mask (n, sequence), padded on the left; pixel_values (n, 3, height, width)."""
+    """input_ids and attention_mask (n, sequence), padded; pixel_values (n, 3, height, width)."""
     if not images:
         return processor(text=list(prompts), padding=True, return_tensors=kind)
     try:
