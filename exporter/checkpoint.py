@@ -6,7 +6,7 @@ where each lies is known from the headers alone.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family, family_of
 from vlmq.exporter.names import memory_names
-from vlmq.exporter.skeleton import skeleton
+from vlmq.exporter.skeleton import skeleton, untie
 from vlmq.formats import hub, shards
 from vlmq.formats.errors import FormatError
 from vlmq.formats.manifest import FileRecord
@@ -82,7 +82,12 @@ class Checkpoint:
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on the meta device."""
-        return skeleton(self.config, torch.float32)
+        model = skeleton(self.config, torch.float32)
+        if self.family.loose_head:
+            head, expected = self.family.loose_head
+            if f"{head}.weight" in self.places or (expected and not self.places):
+                untie(model, f"{head}.weight")
+        return model
 
     def model(self) -> PreTrainedModel:
         """The whole model in memory, float32, in eval mode."""
@@ -151,6 +156,13 @@ def _below(prefix: str, name: str) -> str:
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def tie(model: PreTrainedModel, modules: Collection[str], stored: Collection[str]) -> None:
+    """Give those of `modules` whose weight is another's, and not `stored`, that one's, where it is in memory."""
+    for weight, source in model.all_tied_weights_keys.items():
+        if weight.rpartition(".")[0] in modules and weight not in stored:
+            _assign(model, weight, model.get_parameter(source).data)
 
 
 def release(module: nn.Module, recurse: bool = True) -> None:

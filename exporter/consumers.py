@@ -74,9 +74,13 @@ CONSUMERS: dict[Name, Consumer] = {
 def left_alone(name: Name, walk: Walk) -> dict[str, str]:
     """The sites of a model that the consumer takes in full precision alone, and why.
 
-    VlmqError for the output head and the token embedding, which are sites only where somebody asked for them.
+    VlmqError for a model that it does not run, and for the output head and the token embedding, which are sites only
+    where somebody asked for them.
     """
     consumer = CONSUMERS[name]
+    if name == "vllm" and any(block.answers for block in walk.blocks):
+        first = next(block for block in walk.blocks if block.component == "language")
+        raise VlmqError(f"{first.name}: vLLM runs no encoder-decoder; choose another --consumer")
     left = {}
     for site in walk.sites:
         why = next((why for start, why in consumer.leaves.get(walk.family, ()) if site.name.startswith(start)), None)

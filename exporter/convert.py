@@ -138,6 +138,9 @@ def _refuse(plan: _Plan, model: PreTrainedModel, target: Layout, to: str) -> Non
     """VlmqError or FormatError for the first linear that the layout, or every reader of it, has no place for."""
     if target.general:
         return
+    if model.config.text_config.is_encoder_decoder:
+        kind = model.config.text_config.model_type
+        raise VlmqError(f"{plan.names[next(iter(plan.entries))]}: no reader of {to} takes a {kind}; keep it as it is")
     found = ends.find(model)
     exceptions = {found.embedding: "token embedding", found.head: "output head"}
     for module, entry in plan.entries.items():

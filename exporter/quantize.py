@@ -14,7 +14,7 @@ from torch import nn
 
 from vlmq.exporter import crosslayer, ends, modality, vision_tuning, workers
 from vlmq.exporter.calibration import Calibration, Call
-from vlmq.exporter.checkpoint import Checkpoint, release
+from vlmq.exporter.checkpoint import Checkpoint, release, tie
 from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.journal import Journal
@@ -81,7 +81,8 @@ def quantize(
                 progress("quantizing", done, len(blocks))
                 if done + len(span) < len(blocks):
                     checkpoint.read_ahead(blocks[done + len(span)].name)
-                found = _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
+                last = span[-1] is stage[-1] and not _is_read_whole(stage, walk)
+                found = _quantize_span(span, given, list(calls.values()), last)
                 done += len(span)
                 if calibration and span[-1] is stage[-1]:
                     calibration.finish(stage, calls)
@@ -208,9 +209,15 @@ def _outside(given: Given, walk: Walk) -> Iterator[None]:
     ]
     for name, module in found:
         given.checkpoint.fill(module, name, recurse=False)
+    tie(given.model, [name for name, _ in found], given.checkpoint.places)
     yield
     for _, module in found:
         release(module, recurse=False)
+
+
+def _is_read_whole(stage: tuple[Block, ...], walk: Walk) -> bool:
+    """Whether what a stage puts out for the image is read: an encoder's is, by the decoder's blocks."""
+    return any(block.answers for block in walk.blocks) and not stage[0].answers
 
 
 def _check_seen(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> None:

@@ -109,6 +109,7 @@ class Recipe(Settings):
                 "component bits of its own"
             )
         _refuse_two_scales(walk, schemes)
+        _refuse_tuning(walk, schemes)
         consumers.refuse(self.consumer, walk, schemes)
         wanted = any(place.activations and place.activations.bits is None for place in self._all_settings())
         if wanted and not any(scheme.inputs for scheme in schemes.values()):
@@ -268,6 +269,24 @@ def _refuse_two_scales(walk: Walk, schemes: dict[str, Scheme]) -> None:
             raise VlmqError(
                 f"{second}: {schemes[second].method} would rescale the input it shares with {first}, which "
                 f"{schemes[first].method} rescales; give both one method"
+            )
+
+
+def _refuse_tuning(walk: Walk, schemes: dict[str, Scheme]) -> None:
+    """The loss by which qvlm tunes a vision encoder follows one stream from the image to the answer."""
+    if not any(block.answers for block in walk.blocks):
+        return
+    for site in walk.sites:
+        scheme = schemes.get(site.name)
+        if (
+            site.component == "vision"
+            and scheme
+            and METHODS[scheme.method].percentiles
+            and scheme.options.vision_tuning
+        ):
+            raise VlmqError(
+                f"{site.name}: {scheme.method} cannot tune the vision encoder before an encoder-decoder; "
+                "set --option vision_tuning=false"
             )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.progress import Progress
-from vlmq.formats import card, layouts, manifest
+from vlmq.formats import card, compressed_tensors, layouts, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import headers
 
@@ -118,7 +118,11 @@ def why_not(folder: Path) -> str | None:
     layout = layouts.of_config(config)
     if not layout.general:
         return f"transformers reads {layout.stored} through gptqmodel, which vlmq does not run"
-    if config.get("dequantize") or len(config["config_groups"]) == 1:
+    if config.get("dequantize"):
+        return None
+    if compressed_tensors.has_t5(manifest.read(folder).tensors):
+        return "transformers cannot load a T5 with several grids or rounded inputs; vlmq's own load() does"
+    if len(config["config_groups"]) == 1:
         return None
     if not all(group["weights"]["symmetric"] for group in config["config_groups"].values()):
         return "transformers cannot load several grids of which some are asymmetric; vlmq's own load() does"

@@ -3,6 +3,8 @@
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx         the graph, tensors below 1 KiB inside
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx_data    the other tensors
 
+A language model with an encoder has a fourth, `encoder_model`, and another decoder (onnx_encoder_decoder.py).
+
 `<suffix>` is transformers.js' name of a precision, here of the container that holds most of the quantized weights:
 `_q4`, `_q2`, `_quantized` (8 bits, and two containers that make up 6 or 8), or nothing; in float16 `_q4f16`, `_fp16`.
 
@@ -27,9 +29,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.formats import onnx_encoder_decoder
 from vlmq.formats.errors import FormatError
 from vlmq.formats.onnx_finish import INLINE_BYTES, finish
-from vlmq.formats.onnx_modules import GRAPHS, parts_of
+from vlmq.formats.onnx_modules import DECODER, LOOKING, Decoder, Part, parts_of
 from vlmq.kernels.embedding import QuantizedEmbedding
 from vlmq.kernels.graph_linear import GraphLinear
 from vlmq.kernels.linear import QuantizedLinear
@@ -50,13 +53,13 @@ def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> lis
     A graph computes in the model's dtype: float32, or float16 for providers that have it.
     FormatError for a model no graph can be made of.
     """
-    parts_of(model)
+    graphs = graphs_of(model)
     _refuse_dtype(model, accuracy_level)
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(model, accuracy_level)
     with _ready(model, accuracy_level):
-        return [path for name in GRAPHS for path in _write(_traced(model, name), target / f"{name}{suffix}.onnx")]
+        return [path for name in graphs for path in _write(_traced(model, name), target / f"{name}{suffix}.onnx")]
 
 
 def _refuse_dtype(model: PreTrainedModel, accuracy_level: int) -> None:
@@ -71,6 +74,19 @@ def _refuse_dtype(model: PreTrainedModel, accuracy_level: int) -> None:
             raise FormatError(f"{name}: a float16 graph has no product of {linear.grid}; load the model in float32")
         if not torch.equal(linear.scales.half().double(), linear.scales.double()):
             raise FormatError(f"{name}: float16 does not hold its scales exactly; load the model in float32")
+
+
+def graphs_of(model: PreTrainedModel) -> dict[str, type[Part]]:
+    """The graphs of a model by name, in the order in which they run; FormatError where it has none."""
+    parts_of(model)
+    if not model.config.text_config.is_encoder_decoder:
+        return {**LOOKING, DECODER: Decoder}
+    onnx_encoder_decoder.refuse(model)
+    return {
+        **LOOKING,
+        onnx_encoder_decoder.ENCODER: onnx_encoder_decoder.Encoder,
+        DECODER: onnx_encoder_decoder.Decoder,
+    }
 
 
 def suffix_of(model: PreTrainedModel, accuracy_level: int = 0) -> str:
@@ -89,7 +105,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Model:
-    """One of GRAPHS, cleaned and with its weights in memory; the model is as before."""
+    """One of `graphs_of`, cleaned and with its weights in memory; the model is as before."""
     with _ready(model, accuracy_level):
         return _traced(model, name)
 
@@ -99,9 +115,9 @@ def _product(linear: QuantizedLinear, accuracy_level: int) -> Product:
 
 
 def _traced(model: PreTrainedModel, name: str) -> ir.Model:
-    """One of GRAPHS, of a model that is `_ready`."""
+    """One of `graphs_of`, of a model that is `_ready`."""
     with _quiet(), torch.no_grad():
-        part = GRAPHS[name](model).eval()
+        part = graphs_of(model)[name](model).eval()
         program = torch.onnx.export(
             part,
             part.example(),

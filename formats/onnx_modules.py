@@ -84,8 +84,6 @@ def parts_of(model: PreTrainedModel) -> Parts:
     tower = getattr(model.config, parts.vision).model_type
     if tower not in parts.towers:
         raise FormatError(f"{kind}: no ONNX graph for a {tower}; choose --format safetensors")
-    if model.config.text_config.is_encoder_decoder:
-        raise FormatError(f"{kind}: no ONNX graph for an encoder-decoder language model; choose --format safetensors")
     return parts
 
 
@@ -188,8 +186,5 @@ class Decoder(Part):
         return step, {0: "batch_size", 1: "total_sequence_length"}, step, [(slot, slot)] * self.layers
 
 
-GRAPHS: dict[str, type[Part]] = {
-    "vision_encoder": VisionEncoder,
-    "embed_tokens": EmbedTokens,
-    "decoder_model_merged": Decoder,
-}
+LOOKING: dict[str, type[Part]] = {"vision_encoder": VisionEncoder, "embed_tokens": EmbedTokens}
+DECODER = "decoder_model_merged"

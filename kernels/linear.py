@@ -34,6 +34,8 @@ class QuantizedLinear(nn.Module):
     where `inputs` is a TENSOR grid without limits, or has groups that do not divide the columns.
     """
 
+    weight: None = None  # T5 asks a linear for it, to read its dtype where it is a tensor
+
     def __init__(
         self,
         packed: NBitsWeight,

@@ -38,7 +38,7 @@ def refusal(variant, **content):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny.DECODERS)
 def test_vllm_gets_the_language_model_s_linears_and_nothing_else_quantized(variant):
     made = assign(variant, consumer="vllm")
     language = {site.name for site in plan(variant).sites if site.component == "language"}
@@ -46,6 +46,12 @@ def test_vllm_gets_the_language_model_s_linears_and_nothing_else_quantized(varia
     left = {site.name for site in plan(variant).sites} - language
     assert left
     assert all("vLLM" in made.kept[name] for name in left)
+
+
+def test_vllm_is_given_no_encoder_decoder():
+    assert refusal("blip2-t5", consumer="vllm") == (
+        "language_model.encoder.block.0: vLLM runs no encoder-decoder; choose another --consumer"
+    )
 
 
 @pytest.mark.parametrize("variant", tiny.VARIANTS)

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from graphs import exported, half, quantize
-from tiny import VARIANTS, config
+from tiny import DECODERS, config
 from transformers import AutoModelForImageTextToText
 
 from vlmq.formats.errors import FormatError
@@ -43,7 +43,7 @@ def unread(variant: str) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_the_graphs_hold_the_weights_that_were_solved_bit_for_bit(variant):
     solved = exported(variant)
     read = {}
@@ -58,14 +58,14 @@ def test_the_graphs_hold_the_weights_that_were_solved_bit_for_bit(variant):
             assert left.dtype == right.dtype, (name, field)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_every_quantized_linear_is_one_product_on_packed_codes(variant):
     nodes = [node for part in PARTS for node in graph(variant, part).graph.node if node.op_type == "MatMulNBits"]
     assert len(nodes) == len(exported(variant).weights) - len(unread(variant))
     assert {onnx.helper.get_node_attr_value(node, "accuracy_level") for node in nodes} == {0}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_inputs_and_outputs_are_named_as_readers_of_the_folder_expect(variant):
     def described(values) -> dict[str, list[str]]:
         sizes = {value.name: value.type.tensor_type.shape.dim for value in values}
@@ -89,7 +89,7 @@ def test_inputs_and_outputs_are_named_as_readers_of_the_folder_expect(variant):
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_only_tensors_below_a_kibibyte_are_inside_the_graph_file(variant):
     for part in PARTS:
         for tensor in graph(variant, part).graph.initializer:
@@ -125,7 +125,7 @@ def test_an_export_says_nothing_and_leaves_the_model_as_it_was(again):
     assert before == after
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_a_graph_keeps_no_trace_of_the_machine_that_made_it(variant):
     for part in PARTS:
         model = graph(variant, part)

@@ -85,7 +85,9 @@ def test_every_block_saw_what_the_whole_quantized_model_gives_it(recipe, variant
     caught = {}
     for stage, _ in calibration.played:
         model.get_submodule(stage[-1].name).register_forward_hook(
-            lambda module, args, output, name=stage[-1].name: caught.__setitem__(name, output)
+            lambda module, args, output, name=stage[-1].name: caught.__setitem__(
+                name, output[0] if isinstance(output, tuple) else output
+            )
         )
     for index, batch in enumerate(calibration.batches):
         model(**batch)
@@ -231,7 +233,9 @@ def test_the_reference_runs_alongside_on_what_the_full_precision_model_computes(
     caught = {}
     for stage, _ in calibration.reference_played:
         model.get_submodule(stage[-1].name).register_forward_hook(
-            lambda module, args, output, name=stage[-1].name: caught.__setitem__(name, output)
+            lambda module, args, output, name=stage[-1].name: caught.__setitem__(
+                name, output[0] if isinstance(output, tuple) else output
+            )
         )
     for index, batch in enumerate(calibration.batches):
         model(**batch)

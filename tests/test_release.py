@@ -7,6 +7,7 @@ import pytest
 import torch
 from packed import packed_folder
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter import pipeline, release
 from vlmq.exporter.evaluation.measure import Memory
@@ -51,7 +52,7 @@ def test_a_mixed_blip2_passes_unpacked_by_the_line_that_people_are_told(good):
 
 
 def test_one_grid_passes_as_it_is_loaded_and_generating_first(tmp_path):
-    for variant, symmetric in (("blip2-opt", False), ("llava-qwen2", True)):
+    for variant, symmetric in (("blip2-opt", False), ("blip2-t5", True), ("llava-qwen2", True)):
         packed_folder(variant, tmp_path / variant, lambda name, symmetric=symmetric: Grid(4, 32, symmetric))
         found = release.check(tmp_path / variant)
         assert found.ok, found.misses
@@ -148,6 +149,17 @@ def test_what_transformers_cannot_load_is_said(tmp_path):
     found = release.check(folder)
     assert found.ok
     assert found.why_not.startswith("transformers cannot load several grids of which some are asymmetric")
+
+
+@pytest.mark.parametrize(("choose", "inputs"), [(mixed, None), (lambda name: Grid(4, 32), Grid(8, ROW))])
+def test_a_t5_of_several_grids_or_rounded_inputs_is_said_to_be_ours_alone_to_load(choose, inputs, tmp_path):
+    folder = tmp_path / "out"
+    packed_folder("blip2-t5", folder, choose, inputs=inputs)
+    found = release.check(folder)
+    assert found.ok
+    assert found.why_not == "transformers cannot load a T5 with several grids or rounded inputs; vlmq's own load() does"
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'weight'"):  # and this is what it says
+        AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def test_what_was_found_holds_for_the_files_it_was_found_for(good, tmp_path):

@@ -8,15 +8,17 @@ import numpy as np
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.inference.answers import Answer, Piece, Transcript, answers_of
-from vlmq.exporter.inference.processor import encode, open_processor, padding, read_json, stop_tokens
+from vlmq.exporter.inference.processor import encode, open_processor, pad_outside, padding, read_json, stop_tokens
 from vlmq.exporter.inference.sampling import GREEDY, Sampling, chooser
-from vlmq.exporter.inference.sessions import Continuation, Provider, graph_file, open_session, run
+from vlmq.exporter.inference.sessions import Continuation, Provider, graph_file, open_session, read, run
 from vlmq.exporter.inference.steps import rows_of, said_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+ENCODER = "encoder_model"
+ENCODER_DECODERS = ("t5",)  # language models whose config.json seldom says that they are
 
 
 class OnnxVlm:
@@ -26,7 +28,6 @@ class OnnxVlm:
         """threads: of one operator; 0 lets onnxruntime choose. VlmqError where the folder or the provider is no use."""
         folder = Path(folder)
         self.processor = open_processor(folder)
-        self.processor.tokenizer.padding_side = "left"
         config = read_json(folder / "config.json")
         self.image_token = config.get("image_token_id", config.get("image_token_index"))
         self.stop = stop_tokens(
@@ -37,6 +38,13 @@ class OnnxVlm:
         self.vision, self.embed, self.decoder = (
             open_session(graph_file(folder, name), threads, provider) for name in GRAPHS
         )
+        text = config.get("text_config", {})
+        self.encoder, self.start = None, 0
+        if text.get("model_type") in ENCODER_DECODERS:
+            self.encoder = open_session(graph_file(folder, ENCODER), threads, provider)
+            named = text.get("decoder_start_token_id")
+            self.start = text.get("pad_token_id", 0) if named is None else named
+        pad_outside(self.processor, self.encoder is not None)
 
     def generate(
         self,
@@ -98,7 +106,7 @@ class OnnxVlm:
             said.say(self._embed(tokens[:, None]))
 
     def _begin(self, images: Sequence["Image"], prompts: Sequence[str]) -> Continuation:
-        """The prompts, image features in their places, as the decoder has read them."""
+        """The prompts, image features in their places, as the decoder, or an encoder before it, has read them."""
         encoded = encode(self.processor, images, prompts, "np")
         tokens, mask = np.asarray(encoded["input_ids"]), np.asarray(encoded["attention_mask"])
         embeds = self._embed(tokens)
@@ -111,7 +119,10 @@ class OnnxVlm:
                     "features; every prompt needs its image's placeholder exactly once"
                 )
             embeds[places] = features.reshape(-1, features.shape[-1])
-        return Continuation(self.decoder, embeds, mask)
+        if self.encoder is None:
+            return Continuation(self.decoder, embeds, mask)
+        start = self._embed(np.full((len(prompts), 1), self.start))
+        return Continuation(self.decoder, start, mask, read(self.encoder, embeds, mask))
 
     def _embed(self, tokens: np.ndarray) -> np.ndarray:
         return run(self.embed, tokens)

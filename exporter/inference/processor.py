@@ -54,7 +54,7 @@ def _complete(processor: "ProcessorMixin", config: dict[str, Any]) -> None:
 
 
 def encode(processor: "ProcessorMixin", images: Sequence["Image"], prompts: Sequence[str], kind: str) -> Any:
-    """input_ids and attention_mask (n, sequence), padded on the left; pixel_values (n, 3, height, width)."""
+    """input_ids and attention_mask (n, sequence), padded; pixel_values (n, 3, height, width)."""
     if not images:
         return processor(text=list(prompts), padding=True, return_tensors=kind)
     try:
@@ -71,6 +71,12 @@ def check_image_tokens(processor: Any, prompt: str, tokens: np.ndarray) -> None:
     mark = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
     if not (tokens == mark).any():
         raise VlmqError(f"{prompt!r}: has no place for the image; write {processor.image_token} where it belongs")
+
+
+def pad_outside(processor: "ProcessorMixin", has_encoder: bool) -> None:
+    """Pad on the left, where generation goes on from the last token of what was asked; for an encoder on the right:
+    BLIP-2's processor puts the image's tokens before the padding, and T5 counts the distance between any two tokens."""
+    processor.tokenizer.padding_side = "right" if has_encoder else "left"
 
 
 def padding(processor: "ProcessorMixin") -> int:

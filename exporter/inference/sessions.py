@@ -72,28 +72,47 @@ def run(session: Any, value: np.ndarray) -> np.ndarray:
     return session.run(None, {slot.name: np.ascontiguousarray(value, dtype=DTYPES[slot.type])})[0]
 
 
+def read(encoder: Any, embeds: np.ndarray, mask: np.ndarray) -> list[Any]:
+    """What an encoder makes of prompts (n, sequence, width) for all steps of its decoder, where it makes it."""
+    binding = encoder.io_binding()
+    fed = {"inputs_embeds": embeds, "encoder_attention_mask": mask}
+    for slot in encoder.get_inputs():
+        binding.bind_cpu_input(slot.name, np.ascontiguousarray(fed[slot.name], DTYPES[slot.type]))
+    for output in encoder.get_outputs():
+        binding.bind_output(output.name, _device(encoder))
+    encoder.run_with_iobinding(binding)
+    return binding.get_outputs()
+
+
+def _device(session: Any) -> str:
+    return "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+
+
 class Continuation:
     """A batch that is being continued, in a session of a decoder; `logits` (n, vocabulary) float32 say what comes next.
 
-    embeds (n, sequence, width): the prompts. mask (n, sequence): 0 where they are padding, on the left.
+    embeds (n, sequence, width): the prompts. mask (n, sequence): 0 where they are padding. read: where an encoder has
+    read the prompts, what it made of them; then `embeds` are the token that answers begin with.
     """
 
-    def __init__(self, session: Any, embeds: np.ndarray, mask: np.ndarray) -> None:
+    def __init__(self, session: Any, embeds: np.ndarray, mask: np.ndarray, read: Sequence[Any] = ()) -> None:
         self._session, self._binding = session, session.io_binding()
-        self._device = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
         self._slots = {slot.name: slot for slot in session.get_inputs()}
         self._outputs = [output.name for output in session.get_outputs()]
-        self._past = self._empty(len(embeds))
+        self._read = read
+        empty = self._empty(len(embeds))
+        self._past = empty[: len(empty) - len(read)]
         self._mask = mask.astype(np.int64)
         self.logits = self._step(embeds)
 
     def say(self, embeds: np.ndarray) -> np.ndarray:
         """Go on with one more token of each, embedded (n, 1, width); the logits of the next."""
-        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        if not self._read:
+            self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
         self.logits = self._step(embeds)
         return self.logits
 
-    def _empty(self, batch: int) -> Sequence[Any]:
+    def _empty(self, batch: int) -> list[Any]:
         from onnxruntime import OrtValue
 
         return [
@@ -103,16 +122,19 @@ class Continuation:
         ]
 
     def _step(self, embeds: np.ndarray) -> np.ndarray:
-        positions = np.maximum(self._mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1] :]  # padding does not count
-        fed = {"inputs_embeds": embeds, "attention_mask": self._mask, "position_ids": positions}
+        if self._read:
+            fed = {"inputs_embeds": embeds, "encoder_attention_mask": self._mask}
+        else:
+            positions = np.maximum(self._mask.cumsum(-1) - 1, 0)[:, -embeds.shape[1] :]  # padding does not count
+            fed = {"inputs_embeds": embeds, "attention_mask": self._mask, "position_ids": positions}
         for name, array in fed.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array, DTYPES[self._slots[name].type]))
         names = (name for name in self._slots if name.startswith(PAST))
-        for name, value in zip(names, self._past, strict=True):
+        for name, value in zip(names, [*self._past, *self._read], strict=True):
             self._binding.bind_ortvalue_input(name, value)
         self._binding.clear_binding_outputs()  # a longer past needs more room than what is bound
         for name in self._outputs:
-            self._binding.bind_output(name, "cpu" if name == "logits" else self._device)
+            self._binding.bind_output(name, "cpu" if name == "logits" else _device(self._session))
         self._session.run_with_iobinding(self._binding)
         logits, *self._past = self._binding.get_outputs()
         return logits.numpy()[:, -1].astype(np.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmq.exporter.inference.answers import Answer, Piece, Transcript, answers_of
-from vlmq.exporter.inference.processor import encode, padding, stop_tokens
+from vlmq.exporter.inference.processor import encode, pad_outside, padding, stop_tokens
 from vlmq.exporter.inference.sampling import GREEDY, Choose, Sampling, chooser
 from vlmq.exporter.inference.steps import rows_of, said_at
 
@@ -22,8 +22,12 @@ class TorchVlm:
     """A transformers model and its processor."""
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
+        from vlmq.exporter.families import start_token  # imports transformers, which a process without torch does later
+
         self.model, self.processor = model.eval(), processor
-        processor.tokenizer.padding_side = "left"
+        text = model.config.text_config
+        self.start = start_token(text) if text.is_encoder_decoder else None
+        pad_outside(processor, self.start is not None)
         self.stop = stop_tokens(
             getattr(model.generation_config, "eos_token_id", None),
             getattr(model.config.text_config, "eos_token_id", None),
@@ -40,7 +44,8 @@ class TorchVlm:
         """The continuation of each prompt about its image, one batch; without images, of the text alone."""
         inputs = self._inputs(images, prompts)
         tokens = self._generate(inputs, max_new_tokens, self.stop, _choosing(sampling, len(prompts)))
-        new = tokens[:, inputs["input_ids"].shape[1] :]  # generate() gives the prompt back first
+        given = inputs["input_ids"].shape[1] if self.start is None else 1
+        new = tokens[:, given:]  # generate() gives what it went on from back first
         return answers_of(new.tolist(), self.stop, self.processor)
 
     def stream(
@@ -87,8 +92,11 @@ class TorchVlm:
         """(n, vocabulary) float32: the logits of the first new token."""
         import torch
 
+        inputs = self._inputs(images, prompts)
+        if self.start is not None:
+            inputs["decoder_input_ids"] = torch.full((len(prompts), 1), self.start, device=self.model.device)
         with torch.inference_mode():
-            logits = self.model(**self._inputs(images, prompts)).logits
+            logits = self.model(**inputs).logits
         return logits[:, -1].float().cpu().numpy()
 
     def forced_logits(
@@ -113,7 +121,7 @@ class TorchVlm:
         choosing: Sequence["_Choosing"],
         streamer: "_Handing | None" = None,
     ) -> "torch.Tensor":
-        """(n, tokens): the prompts, and what follows them."""
+        """(n, tokens): the prompts (of an encoder-decoder the token that answers begin with), and what follows them."""
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -123,6 +131,7 @@ class TorchVlm:
             max_new_tokens=max_new_tokens,
             eos_token_id=None if stop is None else sorted(stop),
             pad_token_id=padding(self.processor),
+            decoder_start_token_id=self.start,
         )
         with torch.inference_mode():
             return self.model.generate(

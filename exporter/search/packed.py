@@ -98,7 +98,14 @@ class Scorer:
         """model: any of the family's, where one is in memory already; it tells where answers end.
 
         longest: tokens of an answer. tell_all: whether the logits of every token of a draft are wanted.
+
+        VlmqError for an encoder-decoder, which has no one sequence to pack.
         """
+        if checkpoint.family.start is not None:
+            raise VlmqError(
+                f"{checkpoint.name}: an encoder-decoder cannot be swept: question and answer are not one sequence; "
+                "score exports of it with vlmq evaluate"
+            )
         vlm = TorchVlm(model or load(checkpoint.folder), open_processor(checkpoint.folder))
         self.samples, self.longest, self.tell_all = samples, longest, tell_all
         self.processor, self.stop = vlm.processor, vlm.stop
