@@ -23,7 +23,12 @@ KIND = "gemma3"
 
 
 def write(folder: Path, config: Any) -> list[Path]:
-    """Complete a folder whose onnx/ holds the graphs; config: the model's, as transformers has it."""
+    """Complete a folder whose onnx/ holds the graphs; config: the model's, as transformers has it.
+
+    Nothing for an encoder-decoder: onnxruntime-genai has no such model with images.
+    """
+    if config.text_config.is_encoder_decoder:
+        return []
     files = {name: _graph(folder, name) for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")}
     merge = files["embed_tokens"].with_name(files["embed_tokens"].name.replace("embed_tokens", MERGE))
     ir.save(merged(files["embed_tokens"], config.image_token_id), merge)  # what lies outside stays where it lies

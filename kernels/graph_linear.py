@@ -19,6 +19,8 @@ MIDDLE = 128  # what stands for 0 in the uint8 codes of an input on a symmetric 
 class GraphLinear(nn.Module):
     """y (..., out) = x (..., in) W^T + bias: buffers as `products.pack` has them, and those of the input's range."""
 
+    weight: None = None  # as QuantizedLinear's
+
     def __init__(self, linear: QuantizedLinear, product: Product, dtype: torch.dtype = torch.float32) -> None:
         """dtype: of the graph. In float16 scales are, too; in float32 they are cast when the graph is finished."""
         super().__init__()

@@ -138,14 +138,14 @@ def test_a_run_stopped_in_either_stack_goes_on_with_the_positions_of_its_first_b
     export(request_to(tiny_folders[T5], tmp_path / "whole", pictures, **recipe))
     request = request_to(tiny_folders[T5], tmp_path / "out", pictures, **recipe)
 
-    def stop(what, done, of):
+    def stop(what, done, of, at=""):
         if what == "quantizing" and done >= block:
             raise Stopped
 
     with pytest.raises(Stopped):
         export(request, stop)
     begun = []
-    export(request, lambda what, done, of: begun.append(done))
+    export(request, lambda what, done, of, at="": begun.append(done))
     assert begun[0] == block
     for name in ("model.safetensors", "vlmq.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
