@@ -44,7 +44,7 @@ def quantize(
     """
     stages = [stage for stage in walk.stages if not ends.is_embedding(stage)]
     blocks = [block for stage in stages for block in stage]
-    done = 0
+    done = journal.done if journal else 0
     given = Given(
         checkpoint, model, assignment.schemes, device, lambda name: progress("quantizing", done, len(blocks), name)
     )
@@ -52,7 +52,6 @@ def quantize(
         yield ends.quantize_embedding(stage[0], given)
     if journal:
         yield from journal.blocks(blocks, given.schemes)
-        done = journal.done
     if calibration and done < len(blocks):
         given = _prepared(given, calibration)
         if journal and journal.state:
