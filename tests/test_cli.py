@@ -138,7 +138,6 @@ BAD = (
     "group",
     "odd group",
     "inputs of 5 bits",
-    "inputs in graphs",
     "option without a value",
     "option null",
     "option of nothing",
