@@ -15,8 +15,9 @@ import typer
 import vlmq
 from vlmq.exporter.errors import VlmqError
 from vlmq.formats.errors import FormatError
+from vlmq.terminal.answers import print_answers, print_stream
 from vlmq.terminal.bars import bars, note
-from vlmq.terminal.conclusions import conclude, conclude_release, print_json, verdict_json
+from vlmq.terminal.conclusions import conclude, print_json, verdict_json
 from vlmq.terminal.flags import bytes_of, group_of, thresholds_of
 from vlmq.terminal.recipe_flags import takes_recipe
 from vlmq.terminal.stopping import answers_kept, exit_code, kept_to_go_on, listen
@@ -63,6 +64,10 @@ ActivationMemory = Annotated[
 Gate = Annotated[
     bool, typer.Option("--gate/--no-gate", help="Load what is written with transformers; exit 1 where it differs.")
 ]
+Device = Annotated[
+    str, typer.Option(help="Where blocks are solved: auto, cpu, cuda or cuda:1; auto is a GPU where there is one.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every row of the verdict.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
@@ -100,7 +105,9 @@ def export(
     revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
     activation_memory: ActivationMemory = "1GiB",
+    device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model, write it as safetensors and ONNX, and verify it.
@@ -133,6 +140,7 @@ def export(
         activation_memory=bytes_of(activation_memory, "--activation-memory"),
         fresh=fresh,
         gate=gate,
+        device=device,
     )
     with kept_to_go_on(name), bars(as_json) as progress:
         done = run_export(request, progress, note)
@@ -141,7 +149,10 @@ def export(
     if as_json:
         verdict = done.verdict and verdict_json(done.verdict)
         misses = list(done.release.misses) if done.release else []
-        print_json({"folder": str(done.folder), "note": done.note, "misses": misses, "verdict": verdict})
+        memory = {"planned": done.planned_memory, "peak": done.peak_memory}
+        print_json(
+            {"folder": str(done.folder), "note": done.note, "misses": misses, "memory": memory, "verdict": verdict}
+        )
     else:
         from vlmq.formats.manifest import sizes
 
@@ -153,11 +164,11 @@ def export(
             else ""
         )
         typer.echo(f"{done.folder}: {len(done.manifest.tensors)} weights quantized{smaller}")
+        planned, peak = (f"{count / 1e9:.2f} GB" for count in (done.planned_memory, done.peak_memory))
+        typer.echo(f"memory of this process at its peak: {peak}, {planned} were planned")
         if done.note:
             typer.echo(f"note: {done.note}")
-    conclude_release(done.folder, done.release)
-    if done.verdict:
-        conclude(done.verdict, as_json)
+    conclude(done.folder, done.verdict, done.release, as_json, verbose)
 
 
 @app.command()
@@ -172,22 +183,21 @@ def verify(
         typer.Option(help="Folder that keeps what was measured of a reference, for the next export of it."),
     ] = None,
     gate: Gate = True,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare an export with the checkpoint it was made from, and have transformers load it.
 
     Writes report.json and report.html into its folder.
     """
-    from vlmq.exporter.pipeline import load_elsewhere, verify_folder
+    from vlmq.exporter.pipeline import verify_folder
 
     thresholds = thresholds_of(threshold, max_drop)
     with bars(as_json) as progress:
-        verdict = verify_folder(folder, reference, data, thresholds, progress, cache)
-        release = load_elsewhere(folder, progress) if gate else None
+        verdict, release = verify_folder(folder, reference, data, thresholds, progress, cache, gate)
     if as_json:
         print_json(verdict_json(verdict))
-    conclude(verdict, as_json)
-    conclude_release(folder, release)
+    conclude(folder, verdict, release, as_json, verbose)
 
 
 @app.command()
@@ -211,7 +221,7 @@ def convert(
     if as_json:
         misses = list(done.release.misses) if done.release else []
         print_json({"folder": str(done.folder), "note": done.note, "misses": misses})
-        conclude_release(done.folder, done.release)
+        conclude(done.folder, None, done.release, as_json)
         return
     from vlmq.formats.manifest import sizes
 
@@ -222,7 +232,7 @@ def convert(
     )
     if done.note:
         typer.echo(f"note: {done.note}")
-    conclude_release(done.folder, done.release)
+    conclude(done.folder, None, done.release, as_json)
 
 
 @app.command()
@@ -262,30 +272,39 @@ def push(
 @app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="A folder that vlmq export wrote, or a checkpoint's.")],
-    image: Annotated[Path, typer.Option(help="The picture.")],
-    prompt: Annotated[str | None, typer.Option(help="A question about it; without one, it is described.")] = None,
+    image: Annotated[list[Path], typer.Option(help="The picture; may be repeated, for a batch.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A question about it; without one, it is described. May be repeated.")
+    ] = None,
     engine: Annotated[
         Literal["onnx", "torch"] | None, typer.Option(help="\\[default: onnx where the folder has it]")
     ] = None,
+    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="What onnxruntime computes on.")] = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 30,
+    temperature: Annotated[float, typer.Option(help="Draw tokens, the freer the higher; 0 takes the likeliest.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that are so likely together.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same answers for the same seed.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is said.")] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt as it is, without the family's template.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask an exported model about a picture."""
-    from vlmq.exporter.runtime import engine_of, without_torch
+    """Ask an exported model about a picture, or about several at once."""
+    from vlmq.exporter.runtime import Sampling, engine_of, without_torch
 
+    sampling = Sampling(temperature, top_k, top_p, seed)
     engine = engine or engine_of(folder)
     if engine == "onnx":
         without_torch()
-    from vlmq.exporter.asking import ask
+    from vlmq.exporter import asking
 
-    answer = ask(folder, image, prompt, engine, max_new_tokens, raw)
-    if as_json:
-        print_json({"text": answer.text, "tokens": list(answer.tokens)})
+    asked = (folder, image, prompt or [], engine, max_new_tokens, raw, sampling, provider)
+    if stream:
+        print_stream(asking.stream(*asked), as_json)
     else:
-        typer.echo(answer.text)
+        print_answers(asking.ask(*asked), as_json)
 
 
 @app.command()
@@ -463,7 +482,7 @@ def importance(
         typer.echo(f"{output}: importance.json, consensus.png, measures.png")
 
 
-Task = Annotated[str, typer.Option(help="What models are scored by: vqa.")]
+Task = Annotated[str, typer.Option(help="What models are scored by: vqa, captions, gqa, vizwiz, scienceqa.")]
 Calibrated = Annotated[
     str | None,
     typer.Option(help="Samples to calibrate on: as --data, or a Hub data set.  \\[default: the demo's; flickr30k]"),

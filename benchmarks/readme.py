@@ -89,6 +89,39 @@ def exports() -> str:
     return "\n".join(lines)
 
 
+def evaluation() -> str:
+    """The tables that papers print; nothing where the benchmark has not been run."""
+    if not (common.RESULTS / "evaluation.json").exists():
+        return ""
+    found, machine = results("evaluation")
+    first = next(iter(found["models"].values()))["reference"]
+    lines = [
+        f"{first['questions']['samples']} questions in VQAv2's format and {first['captions']['samples']} captions, as "
+        "`vlmq evaluate` scores them; the seconds of all answers to the questions, and the memory of the loaded model "
+        f"({machine['processor']}, {machine['cores']} cores; all of it in {found['seconds']:.0f} s; "
+        "`python benchmarks/evaluation.py`).",
+        "",
+        "| model | weights | overall | yes/no | number | other | time | memory | CIDEr | SPICE | METEOR |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    reasons = {}
+    for model, rows in found["models"].items():
+        for label, row in rows.items():
+            asked, said = row["questions"], row["captions"]
+            scores = [f"{asked['accuracy'][kind]:.2f} %" for kind in ("overall", "yes/no", "number", "other")]
+            takes = [f"{asked['seconds']:.1f} s", f"{row['memory']['model'] / 1e6:.1f} MB"]
+            captions = [f"{said['CIDEr']['overall']:.3f}"]
+            for name in ("SPICE", "METEOR"):
+                value = said[name]
+                captions.append("-" if isinstance(value, str) else f"{value:.3f}")
+                if isinstance(value, str):
+                    reasons[name] = value
+            weights = f"{'16 bits' if label == 'reference' else f'{label}, 4 bits'} ({row['engine']})"
+            lines.append(f"| {' | '.join([model, weights, *scores, *takes, *captions])} |")
+    notes = [f"{name}: {reason}." for name, reason in reasons.items()]
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n\n"
+
+
 def outliers() -> str:
     found, _ = results("outliers")
     lines = [
@@ -152,12 +185,31 @@ def methods() -> str:
     return "\n".join([*lines, "", picture])
 
 
+def consumers() -> str:
+    found, machine = results("consumers")
+    lines = [
+        "Who loads an export, and how many of its greedy answers are those of transformers' model with the dequantized weights in "
+        f"float32 ({machine['processor']}; `python benchmarks/consumers.py`; 8 / 4: vision at 8 bits, the rest at 4; onnxruntime's "
+        "8-bit kernel multiplies in int8; vLLM: [what was checked instead](docs/consumers.md#vllm)):",
+        "",
+        "| consumer | layout | family | bits | loads | same greedy tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        left = f", {' and '.join(row['leaves'])} left" if row["leaves"] else ""
+        end = f"yes | {row['same']} of {row['of']}" if row["loads"] else f"no: {row['why'].replace('|', '/')} | "
+        lines.append(f"| {row['consumer']} | {row['layout']} | {row['family']} | {row['bits']}{left} | {end} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     text = README.read_text()
     before, rest = text.split(START)
     after = rest.split(END)[1]
     picture = "![Scenes, questions, and what the 16-bit and the 4-bit model answer](docs/answers.png)"
-    README.write_text(f"{before}{START}{exports()}\n\n{picture}\n\n{methods()}\n\n{outliers()}\n{END}{after}")
+    README.write_text(
+        f"{before}{START}{exports()}\n\n{picture}\n\n{evaluation()}{methods()}\n\n{outliers()}\n\n{consumers()}\n{END}{after}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,190 +1,143 @@
-"""What a sweep costs against as many exports, and what allocated bits bring against uniform ones of equal bytes.
+"""What a sweep costs against as many exports and evaluations, and that it gives the same rows wherever it runs.
 
-    python benchmarks/sweep.py [--cost] [--allocation] [--bits 2 16] [--questions 2000] [--samples 128] [--workers 1]
+    python benchmarks/sweep.py [--cost] [--engines] [--bits 2 3 4 5 6 8 16] [--questions 2000] [--workers 2]
 
-cost: the AWQ sweep of blip2-mini over all assignments of --bits to its components (343 by default) against one export
-with its evaluation, times as many. allocation: at the bytes of uniform 3 and 4 bits, GPTQ and AWQ, on both demos: the
-allocated recipe against the uniform one on the same questions, both quantized as an export quantizes them.
+cost: `vlmq sweep` of blip2-mini by AWQ over all assignments of --bits to its components (343 by default) against
+one `vlmq export` and the same score of what it wrote, times as many. The score is taken twice: as the sweep takes it,
+in a process of its own, and by `vlmq evaluate`. Everything runs as a command, on one thread a process; processor
+seconds of a command and its workers are compared, wall seconds are there beside them.
+engines: a sweep of eight configurations in one process, in two, and on Ray with two workers: the seconds, and whether
+scores and tables are equal to the byte.
 Without either, both. Writes results/sweep.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import common
-import numpy as np
-import torch
 import yaml
 
-from vlmq.exporter.calibration import prepare
+MODEL, GROUP = "blip2-mini", 64
+FEW = [3, 16]  # bits of the sweep that every engine runs
+TABLES = ("scores.csv", "rows.json")
+HOME = Path(__file__).resolve().parent
+
+# The score of one checkpoint as a sweep takes it, and the reference's that the divergence is from.
+SCORE = """
+import json, sys, torch
 from vlmq.exporter.checkpoint import open_checkpoint
-from vlmq.exporter.data import demo_folder
-from vlmq.exporter.evaluation.answers import answer_all
-from vlmq.exporter.evaluation.statistics import paired_difference
-from vlmq.exporter.pipeline import Request as Export
-from vlmq.exporter.pipeline import export
-from vlmq.exporter.recipe import make_recipe
-from vlmq.exporter.runtime import open_vlm
-from vlmq.exporter.samples import Sample
-from vlmq.exporter.search import allocate, sweep
-from vlmq.exporter.search.grid import Configuration
-from vlmq.exporter.search.packed import Scorer
-from vlmq.exporter.search.pieces import plan
-from vlmq.exporter.simulate import simulate_batches
-from vlmq.exporter.walk import walk
-
-GROUP = 64
-METHODS = ("awq", "gptq")
-BUDGETS = (3, 4)  # bits of the uniform recipe whose bytes an allocated one may have
-DEMOS = ("blip2-mini", "llava-mini")
+from vlmq.exporter.data import evaluation_set
+from vlmq.exporter.load import load
+from vlmq.exporter.search.tasks import ask, asked_of
+torch.set_num_threads(1)
+reference, folder, questions = sys.argv[1:]
+checkpoint = open_checkpoint(reference)
+samples = asked_of("vqa", evaluation_set("demo").samples)[: int(questions)]
+print(json.dumps(ask("vqa", checkpoint, checkpoint.model(), samples).score(load(folder))))
+"""
 
 
-def cost(options: argparse.Namespace) -> dict[str, Any]:
-    """Wall seconds of the sweep, and of one export with its evaluation, all in this process.
+@dataclass(frozen=True)
+class Spent:
+    wall: float
+    processor: float  # of the command and all that it started
 
-    The export is the sweep's counterpart with the least to do: safetensors alone, one set of questions.
-    """
-    with TemporaryDirectory() as work:
-        grid = Path(work) / "grid.yaml"
-        grid.write_text(
-            yaml.safe_dump({"recipe": {"method": "awq", "group_size": GROUP}, "each": {"bits": options.bits}})
-        )
-        request = sweep.Request(
-            model="blip2-mini",
-            grid=grid,
-            output=Path(work) / "sweep",
-            samples=options.samples,
-            questions=options.questions,
-            workers=options.workers,
-        )
-        begun = time.perf_counter()
-        done = sweep.sweep(request, _said)
-        swept = time.perf_counter() - begun
-        recipe = make_recipe({"method": "awq", "bits": 4, "group_size": GROUP})
-        asked = common.questions()[: options.questions]
-        begun = time.perf_counter()
-        made = export(
-            Export(
-                "blip2-mini", Path(work) / "out", recipe, formats="safetensors", samples=options.samples, verify=False
-            )
-        )
-        exported = time.perf_counter() - begun
-        assert made is not None
-        begun = time.perf_counter()
-        _evaluate(made.folder, asked)
-        evaluated = time.perf_counter() - begun
-    single = exported + evaluated
+
+def command(*arguments: object) -> tuple[Spent, str]:
+    """Run a command of this Python, on one thread; its output. CalledProcessError where it fails."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Spent(time.perf_counter() - begun, processor), done.stdout
+
+
+def swept(
+    folder: Path, bits: Sequence[int], options: argparse.Namespace, *more: object
+) -> tuple[Spent, dict[str, Any]]:
+    grid = folder.with_suffix(".yaml")
+    grid.write_text(yaml.safe_dump({"recipe": {"method": "awq", "group_size": GROUP}, "each": {"bits": list(bits)}}))
+    flags = ("--grid", grid, "--out", folder, "--samples", options.samples, "--questions", options.questions, "--json")
+    spent, said = command("-m", "vlmq", "sweep", MODEL, *flags, *more)
+    return spent, json.loads(said)
+
+
+def cost(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Of the sweep, and of one export with each kind of score."""
+    sweep, done = swept(work / "sweep", options.bits, options, "--workers", options.workers)
+    count, out = len(done["rows"]), work / "out"
+    flags = ("--method", "awq", "--bits", 4, "--group-size", GROUP, "--samples", options.samples)
+    export, _ = command("-m", "vlmq", "export", MODEL, *flags, "--format", "safetensors", "--no-verify", "-o", out)
+    score, _ = command("-c", SCORE, MODEL, out, options.questions)
+    asked = ("--task", "vqav2", "--data", "demo", "--limit", options.questions, "--out", work / "answers.jsonl")
+    evaluate, _ = command("-m", "vlmq", "evaluate", out, *asked)
     return {
-        "rows": len(done.rows),
-        "distinct": done.distinct,
-        "pieces": done.pieces,
+        "rows": count,
+        "distinct": done["distinct"],
+        "pieces": done["pieces"],
         "workers": options.workers,
-        "questions": len(asked),
-        "sweep_seconds": swept,
-        "export_seconds": exported,
-        "evaluation_seconds": evaluated,
-        "singles_seconds": single * len(done.rows),
-        "share": swept / (single * len(done.rows)),
+        "questions": options.questions,
+        "sweep": asdict(sweep),
+        "one": {"export": asdict(export), "score": asdict(score), "vlmq evaluate": asdict(evaluate)},
+        "share of as many exports and scores": sweep.processor / count / (export.processor + score.processor),
+        "share of as many vlmq export and vlmq evaluate": sweep.processor
+        / count
+        / (export.processor + evaluate.processor),
     }
 
 
-def _evaluate(folder: Path, asked: Sequence[Sample]) -> None:
-    """An export asked everything, as `vlmq verify` and `vlmq evaluate` ask one: prompts in batches."""
-    answer_all(open_vlm(folder, "torch"), asked, open_checkpoint("blip2-mini").family)
-
-
-def allocation(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each demo, method and budget: both recipes' accuracy and divergence, and the paired difference."""
-    found = []
-    asked = common.questions()[: options.questions]
-    for demo in DEMOS:
-        checkpoint = open_checkpoint(demo)
-        skeleton = checkpoint.skeleton()
-        plain = walk(skeleton, checkpoint.family)
-        scorer = Scorer(checkpoint, asked)
-        reference = scorer.score(checkpoint.model())
-        samples = common.calibration(options.samples, 0)
-        batches = prepare(samples, common.processor_of(checkpoint.folder), checkpoint.family)
-        for method in METHODS:
-            for bits in BUDGETS:
-                uniform = {"method": method, "bits": bits, "group_size": GROUP}
-                allowed = plan(Configuration("uniform", method, uniform), checkpoint, skeleton, plain).bytes
-                request = allocate.Request(
-                    demo,
-                    str(allowed),
-                    make_recipe(uniform),
-                    calibration=str(demo_folder("calibration")),
-                    samples=options.samples,
-                )
-                begun = time.perf_counter()
-                chosen = allocate.allocate(request, _said)
-                seconds = time.perf_counter() - begun
-                scores = {
-                    name: scorer.score(simulate_batches(checkpoint, make_recipe(recipe), batches)[0])
-                    for name, recipe in (("uniform", uniform), ("allocated", chosen.recipe.content()))
-                }
-                difference = paired_difference(
-                    scores["uniform"].right, scores["allocated"].right, [sample.image for sample in asked]
-                )
-                found.append(
-                    {
-                        "model": demo,
-                        "method": method,
-                        "uniform_bits": bits,
-                        "bytes": {"uniform": allowed, "allocated": chosen.bytes},
-                        "mean_bits": chosen.bits,
-                        "accuracy": {
-                            name: 100 * float(score.right.mean())
-                            for name, score in (("reference", reference), *scores.items())
-                        },
-                        "divergence": {
-                            name: common.divergence(
-                                reference.logits.astype(np.float64), score.logits.astype(np.float64)
-                            )
-                            for name, score in scores.items()
-                        },
-                        "allocated - uniform": asdict(difference),
-                        "predicted": chosen.predicted,
-                        "measured": chosen.measured,
-                        "factors": chosen.factors,
-                        "allocation_seconds": seconds,
-                        "recipe": chosen.recipe.content()["rules"],
-                    }
-                )
-                print(
-                    f"{demo} {method} {bits}: {found[-1]['accuracy']}, {found[-1]['allocated - uniform']}", flush=True
-                )
-    return found
-
-
-def _said(what: str, done: int, of: int) -> None:
-    print(f"{what} {done}/{of}", end="\r", flush=True)
+def engines(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The same small sweep everywhere; AssertionError where any gives other tables."""
+    found: dict[str, Any] = {}
+    tables: dict[str, list[bytes]] = {}
+    for name, flags in (
+        ("one process", ("--workers", 1)),
+        ("two processes", ("--workers", 2)),
+        ("ray, two workers", ("--workers", 2, "--engine", "ray")),
+    ):
+        folder = work / name.replace(", ", "-").replace(" ", "-")
+        spent, done = swept(folder, FEW, options, *flags)
+        tables[name] = [(folder / file).read_bytes() for file in TABLES]
+        found[name] = {"rows": len(done["rows"]), "wall": spent.wall}
+    assert len({tuple(each) for each in tables.values()}) == 1, "rows that differ"
+    return {**found, "tables equal to the byte": True}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--allocation", action="store_true")
+    parser.add_argument("--engines", action="store_true")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 16])
     parser.add_argument("--questions", type=int, default=common.SOME)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    both = not (options.cost or options.allocation)
+    both = not (options.cost or options.engines)
     results: dict[str, Any] = {"revision": common.revision()}
-    if options.cost or both:
-        results["cost"] = cost(options)
-    if options.allocation or both:
-        results["allocation"] = allocation(options)
+    with TemporaryDirectory() as work:
+        if options.cost or both:
+            results["cost"] = cost(options, Path(work))
+        if options.engines or both:
+            results["engines"] = engines(options, Path(work))
+    print(json.dumps(results, indent=1))
     print(common.write("sweep", " ".join(["python", "benchmarks/sweep.py", *sys.argv[1:]]), results))
 
 

@@ -8,6 +8,7 @@ the text are the model's own code, and only one block's weights are in memory.
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vlmq.exporter import workers
 from vlmq.exporter.activations import Activations, Kept
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family
 from vlmq.exporter.images import open_image
@@ -36,7 +38,8 @@ class Call:
 
     Its tensors wait in `activations`. reference: the same call among full-precision blocks, where they run alongside
     (on the embedding as it will be). vision: which tokens (batch, sequence) are of the image; None where all are, or
-    nobody asks.
+    nobody asks. hands_on: the arguments that blocks return for the next, by name. They depend on the shape of the
+    hidden states alone: what the first block that ran returned is `handed` to all.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Call:
         reference: "Call | None" = None,
         vision: Tensor | None = None,
         activations: Activations | None = None,
+        hands_on: Sequence[str] = (),
     ) -> None:
         self.activations = activations or Activations()
+        self.hands_on, self.handed = hands_on, dict[str, Kept]()
         self.place = self.activations.keep(hidden)
         self.by_name = "hidden_states" in kwargs
         self._args = _kept(args, self.activations)
@@ -63,13 +68,17 @@ class Call:
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
-        self.place = self.activations.keep(value)
+        self.place = self.activations.keep(value.cpu())
 
     def run(self, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """What the block makes of `hidden`, or of others."""
-        hidden = self.hidden if hidden is None else hidden
-        args, kwargs = _read(self._args), _read(self._kwargs)
+        """What the block makes of `hidden`, or of others; computed where its weights are."""
+        device = next(block.parameters()).device
+        hidden = (self.hidden if hidden is None else hidden).to(device)
+        args, kwargs = _read(self._args, device), _read({**self._kwargs, **self.handed}, device)
         output = block(*args, hidden_states=hidden, **kwargs) if self.by_name else block(hidden, *args, **kwargs)
+        if self.hands_on and not self.handed:
+            said = zip(self.hands_on, output[1:], strict=False)
+            self.handed = {name: self.activations.keep(value.cpu()) for name, value in said if value is not None}
         return _tensor(output)
 
 
@@ -85,15 +94,15 @@ def _kept(value: Any, activations: Activations) -> Any:
     return value
 
 
-def _read(value: Any) -> Any:
+def _read(value: Any, device: torch.device = CPU) -> Any:
     """Arguments that were put away."""
     match value:
         case Kept():
-            return value.read()
+            return value.read().to(device)
         case tuple():
-            return tuple(_read(each) for each in value)
+            return tuple(_read(each, device) for each in value)
         case dict():
-            return {name: _read(each) for name, each in value.items()}
+            return {name: _read(each, device) for name, each in value.items()}
     return value
 
 
@@ -129,11 +138,11 @@ class Calibration:
         """The arguments with which the model calls the first block of a stage, by batch; only of this worker's."""
         first = self.model.get_submodule(stage[0].name)
         mine = [index for index in self.reaching(stage) if workers.is_mine(index)]
-        calls = {index: self._catch(first, index, self.played) for index in mine}
+        calls = {index: self._catch(first, index, self.played, stage[0].hands_on) for index in mine}
         for index, call in calls.items():
             if self.alongside:
-                call.reference = self._catch(first, index, self.reference_played)
-            if stage[0].component == "language":
+                call.reference = self._catch(first, index, self.reference_played, stage[0].hands_on)
+            if stage[0].component == "language" and not stage[0].answers:
                 call.vision = vision_tokens({"input_ids": _read(self._batches[index]["input_ids"])}, self.model.config)
         return calls
 
@@ -157,12 +166,13 @@ class Calibration:
         calls: of the running stage.
         """
 
-        def saved(places: Mapping[int, Kept]) -> dict[str, str]:
+        def saved(places: Mapping[Any, Kept]) -> dict[str, str]:
             return workers.united(dict(zip(map(str, places), self.activations.save(places.values()), strict=True)))
 
         return {
             "hidden": saved({index: call.place for index, call in calls.items()}),
             "reference": saved({index: call.reference.place for index, call in calls.items() if call.reference}),
+            "handed": saved({f"{name} {at}": kept for at, call in calls.items() for name, kept in call.handed.items()}),
             "played": [saved(outputs) for _, outputs in self.played],
             "reference_played": [saved(outputs) for _, outputs in self.reference_played],
         }
@@ -181,17 +191,26 @@ class Calibration:
             reference = calls[index].reference
             assert reference is not None
             reference.place = place
+        for said, file in state["handed"].items():
+            name, _, at = said.partition(" ")
+            if workers.is_mine(int(at)):
+                kept = self.activations.restore(file)
+                for call in filter(None, (calls[int(at)], calls[int(at)].reference)):
+                    call.handed[name] = kept
 
     def _restored(self, names: Mapping[str, str]) -> dict[int, Kept]:
         mine = {int(index): name for index, name in names.items() if workers.is_mine(int(index))}
         return {index: self.activations.restore(name) for index, name in mine.items()}
 
-    def _catch(self, block: nn.Module, index: int, played: Played) -> Call:
+    def _catch(self, block: nn.Module, index: int, played: Played, hands_on: Sequence[str]) -> Call:
         caught: list[Call] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-            caught.append(Call(hidden, rest, kwargs, activations=self.activations))
+            if hands_on:  # by name, for some of them are replaced
+                names = list(signature(module.forward).parameters)[1:]
+                rest, kwargs = (), kwargs | dict(zip(names, rest, strict=False))
+            caught.append(Call(hidden, rest, kwargs, activations=self.activations, hands_on=hands_on))
             raise _Reached
 
         hook = block.register_forward_pre_hook(catch, with_kwargs=True)
@@ -219,8 +238,16 @@ def _playing(model: nn.Module, stage: tuple[Block, ...], output: Tensor) -> Iter
     path = stage[-1].name.rpartition(".")[0]
     parent = model.get_submodule(path)
     blocks = list(parent) if isinstance(parent, nn.ModuleList) else [last]
+    several = (None,) * len(stage[-1].hands_on)
+
+    def hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, *several) if several else hidden_states
+
+    def play(*args: Any, **kwargs: Any) -> Any:
+        return hand_on(output)
+
     for block in blocks:
-        block.forward = (lambda *args, **kwargs: output) if block is last else _hand_on  # type: ignore[method-assign]
+        block.forward = play if block is last else hand_on  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -228,12 +255,12 @@ def _playing(model: nn.Module, stage: tuple[Block, ...], output: Tensor) -> Iter
             del block.forward
 
 
-def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
-
-
 def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family) -> list[Inputs]:
-    """The model's inputs for samples (prompt and first answer), in batches of equal length, so that none is padded."""
+    """The model's inputs for samples (prompt and first answer), in batches of equal length, so that none is padded.
+
+    An encoder-decoder's encoder reads the prompt and its decoder the answer, or where there is none, the prompt as
+    well: the start of an answer alone would tell little of what the decoder computes.
+    """
     return list(prepared(samples, processor, family, Activations()))
 
 
@@ -241,21 +268,32 @@ def prepared(
     samples: Sequence[Sample], processor: ProcessorMixin, family: Family, activations: Activations
 ) -> Iterator[Inputs]:
     """`prepare`, a batch at a time; meanwhile the samples wait in `activations`."""
-    waiting: dict[tuple[int, bool], list[Any]] = {}
+    waiting: dict[tuple[int, int, bool], list[Any]] = {}
     for sample in samples:
         if sample.image is None and IMAGE_MARK not in family.question:
             raise VlmqError(f"{sample.id}: {family.name} reads no prompt without an image; leave text alone out")
-        text = " ".join([prompt_of(sample, family), *sample.answers[:1]])
+        prompt, answer = prompt_of(sample, family), sample.answers[:1]
+        text = prompt if family.start is not None else " ".join([prompt, *answer])
         image = None if sample.image is None else open_image(sample.image)
         inputs = dict(processor(images=image, text=text, return_tensors="pt"))
         if image is not None:
             check_image_tokens(processor, text, inputs["input_ids"][0].numpy())
-        waiting.setdefault((inputs["input_ids"].shape[1], image is None), []).append(_kept(inputs, activations))
-    for (length, _), same in sorted(waiting.items()):
+        if family.start is not None:
+            said = answer[0] if answer else prompt
+            inputs["decoder_input_ids"] = decoder_inputs(said, processor, family.start)
+        lengths = inputs["input_ids"].shape[1], inputs.get("decoder_input_ids", torch.empty(0, 0)).shape[1]
+        waiting.setdefault((*lengths, image is None), []).append(_kept(inputs, activations))
+    for (length, _, _), same in sorted(waiting.items()):
         while same:
             batch = [_read(inputs) for inputs in same[: together(length)]]
             del same[: together(length)]
             yield {key: torch.cat([inputs[key] for inputs in batch]) for key in batch[0]}
+
+
+def decoder_inputs(text: str, processor: ProcessorMixin, start: int) -> Tensor:
+    """What a decoder reads that says `text`: int64 (1, tokens + 1), without the token that ends it."""
+    said = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([[start, *said]])
 
 
 def together(tokens: int) -> int:
@@ -294,9 +332,10 @@ def gather(
     Where the full-precision model runs alongside, its calls move on to the next block.
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
-    sums = [Sums(entry.sites[0].columns, cross=want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
-    keep = int(-(-ROWS // workers.number(len(calls))))
     module = model.get_submodule(block.name)
+    device = next(module.parameters()).device
+    sums = [Sums(entry.sites[0].columns, device, want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
+    keep = int(-(-ROWS // workers.number(len(calls))))
     read: dict[int, Tensor] = {}
     hooks = [
         model.get_submodule(entry.sites[0].name).register_forward_pre_hook(
@@ -320,7 +359,7 @@ def gather(
                     continue
                 weights = None
                 if want.vision_weight != 1 and call.vision is not None:
-                    weights = torch.where(call.vision, want.vision_weight, 1.0)
+                    weights = torch.where(call.vision.to(device), want.vision_weight, 1.0)
                 sums[index].add(inputs[index], weights, references.get(index), keep if want.rows else 0)
     finally:
         for hook in hooks:

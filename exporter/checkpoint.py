@@ -6,7 +6,7 @@ where each lies is known from the headers alone.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from vlmq.exporter.demo.catalog import CHECKPOINTS
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import Family, family_of
 from vlmq.exporter.names import memory_names
-from vlmq.exporter.skeleton import skeleton
+from vlmq.exporter.skeleton import skeleton, untie
 from vlmq.formats import hub, shards
 from vlmq.formats.errors import FormatError
 from vlmq.formats.manifest import FileRecord
@@ -81,7 +82,12 @@ class Checkpoint:
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on the meta device."""
-        return skeleton(self.config, torch.float32)
+        model = skeleton(self.config, torch.float32)
+        if self.family.loose_head:
+            head, expected = self.family.loose_head
+            if f"{head}.weight" in self.places or (expected and not self.places):
+                untie(model, f"{head}.weight")
+        return model
 
     def model(self) -> PreTrainedModel:
         """The whole model in memory, float32, in eval mode."""
@@ -99,10 +105,11 @@ class Checkpoint:
             return self._float(name).to(self.dtype(name))
         return self._stored(name)
 
-    def _float(self, name: str) -> Tensor:
+    def _float(self, name: str, device: torch.device = CPU) -> Tensor:
         """One tensor in float32; a transformed one is not rounded to the dtype it would be stored in."""
         transform = self.transforms.get(name)
-        return transform.make(self._stored) if transform else self._stored(name).float()
+        made = transform.make(self._stored) if transform else self._stored(name)
+        return made.to(device).float()  # on its way to a GPU it has the width that it is stored in
 
     def _stored(self, name: str) -> Tensor:
         place = self.places[name]
@@ -112,6 +119,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise VlmqError(f"{place.file}: cannot read {place.name} ({error}); get the file again") from error
 
+    def read_ahead(self, prefix: str) -> None:
+        """Let the system read a module's stored tensors while something else is computed."""
+        by_file: dict[Path, list[str]] = {}
+        for name, place in self.places.items():
+            if name.startswith(f"{prefix}."):
+                by_file.setdefault(place.file, []).append(place.name)
+        for file, names in by_file.items():
+            shards.read_ahead(file, names)
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in, read from the header."""
         transform = self.transforms.get(name)
@@ -119,19 +135,34 @@ class Checkpoint:
         with safe_open(place.file, framework="pt") as file:
             return shards.BY_NAME[file.get_slice(place.name).get_dtype()]
 
-    def fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
-        """Give a module's parameters and persistent buffers their values, float32; `prefix` is its in-memory name."""
+    def fill(self, module: nn.Module, prefix: str, recurse: bool = True, device: torch.device = CPU) -> None:
+        """Give a module's parameters and persistent buffers their values, float32, all of its buffers on `device` too;
+        `prefix` is its in-memory name."""
         for name, parameter in list(module.named_parameters(prefix, recurse, remove_duplicate=False)):
             if parameter.is_meta and name in self.places:
-                _assign(module, name.removeprefix(f"{prefix}." if prefix else ""), self._float(name))
-        for name, buffer in module.named_buffers(prefix, recurse):
+                _assign(module, _below(prefix, name), self._float(name, device))
+        for name, buffer in list(module.named_buffers(prefix, recurse)):
             if name in self.places:
                 buffer.copy_(self.read(name))
+            path, _, leaf = _below(prefix, name).rpartition(".")
+            module.get_submodule(path)._buffers[leaf] = buffer.to(device)
+
+
+def _below(prefix: str, name: str) -> str:
+    """The name of a tensor within the module of name `prefix`."""
+    return name.removeprefix(f"{prefix}." if prefix else "")
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def tie(model: PreTrainedModel, modules: Collection[str], stored: Collection[str]) -> None:
+    """Give those of `modules` whose weight is another's, and not `stored`, that one's, where it is in memory."""
+    for weight, source in model.all_tied_weights_keys.items():
+        if weight.rpartition(".")[0] in modules and weight not in stored:
+            _assign(model, weight, model.get_parameter(source).data)
 
 
 def release(module: nn.Module, recurse: bool = True) -> None:

@@ -66,13 +66,17 @@ def read_questions(
 ) -> list[Sample]:
     """VQAv2's two files; without annotations the samples have no answers, which is enough to calibrate.
 
-    fault: gets the id and a line for answers that belong to no question.
+    fault: gets the id and a line for answers that belong to no question, or to one that has some already.
     """
     asked = parse(read_text(questions), QuestionFile, questions, "name a file of VQAv2 questions or of COCO captions")
     notes: dict[Id, Annotation] = {}
     if annotations:
         content = parse(read_text(annotations), AnnotationFile, annotations, "put VQAv2's annotations there")
-        notes = {note.question_id: note for note in content.annotations}
+        for note in content.annotations:
+            if note.question_id in notes:
+                id_ = f"question-{note.question_id}"
+                fault(f"{id_}#2", f"{annotations}: answers to {id_} occur more than once; keep one of them")
+            notes.setdefault(note.question_id, note)
     orphans = notes.keys() - {question.question_id for question in asked.questions}
     for orphan in sorted(map(str, orphans)):
         fault(

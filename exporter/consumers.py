@@ -5,7 +5,7 @@ vllm           the linears of the language model's blocks; 2, 4 or 8 bits. Read 
                projection have no quantized form there, its vision tower is built without a name that a target could
                match, and LLaVA's tower has other names than its files. 3, 5 and 6 bits are packed in another way by the
                release of compressed-tensors that vLLM uses, and inputs are rounded for `int-quantized` files alone.
-onnxruntime    whatever the graphs hold, which is any weight; rounded inputs are not in them yet
+onnxruntime    whatever a recipe says: where it has no product for two grids, inputs are rounded beforehand
 any            nobody in particular: nothing is left alone
 """
 
@@ -74,9 +74,13 @@ CONSUMERS: dict[Name, Consumer] = {
 def left_alone(name: Name, walk: Walk) -> dict[str, str]:
     """The sites of a model that the consumer takes in full precision alone, and why.
 
-    VlmqError for the output head and the token embedding, which are sites only where somebody asked for them.
+    VlmqError for a model that it does not run, and for the output head and the token embedding, which are sites only
+    where somebody asked for them.
     """
     consumer = CONSUMERS[name]
+    if name == "vllm" and any(block.answers for block in walk.blocks):
+        first = next(block for block in walk.blocks if block.component == "language")
+        raise VlmqError(f"{first.name}: vLLM runs no encoder-decoder; choose another --consumer")
     left = {}
     for site in walk.sites:
         why = next((why for start, why in consumer.leaves.get(walk.family, ()) if site.name.startswith(start)), None)
@@ -91,11 +95,10 @@ def refuse(name: Name, walk: Walk, schemes: Mapping[str, Scheme]) -> None:
     """VlmqError for the first scheme that the consumer cannot read."""
     consumer = CONSUMERS[name]
     for site, scheme in schemes.items():
-        if scheme.inputs and name != "transformers" and consumer.format:
-            form = "int-quantized files, which vlmq does not write" if name == "vllm" else "no ONNX graph"
+        if scheme.inputs and name == "vllm":
             raise VlmqError(
-                f"{site}: {name} rounds inputs for {form}; leave out --activation-bits, or choose --consumer "
-                "transformers"
+                f"{site}: vllm rounds inputs for int-quantized files, which vlmq does not write; leave out "
+                "--activation-bits, or choose --consumer transformers"
             )
         if consumer.bits and scheme.grid.bits not in consumer.bits:
             raise VlmqError(

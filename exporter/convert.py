@@ -19,7 +19,7 @@ import vlmq
 from vlmq.exporter import ends, release
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.names import memory_names
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.release import Release
 from vlmq.exporter.skeleton import skeleton
 from vlmq.formats import card, compressed_tensors, layouts, manifest
@@ -50,7 +50,7 @@ def convert(
     folder: Path,
     to: str,
     output: Path,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     gate: bool = True,
 ) -> Converted:
     """Write `folder`, an export, to `output` in the layout `to`, one of LAYOUTS. gate: have transformers load it.
@@ -89,9 +89,7 @@ def convert(
         )
         manifest.write(stage, done)
         card.write(stage)
-    found = release.check(output) if gate else None
-    if found:
-        card.write(output)
+    found = release.conclude(output, gate, progress)
     return Converted(output, done, _note(plan, model, linears, to), found)
 
 
@@ -140,6 +138,9 @@ def _refuse(plan: _Plan, model: PreTrainedModel, target: Layout, to: str) -> Non
     """VlmqError or FormatError for the first linear that the layout, or every reader of it, has no place for."""
     if target.general:
         return
+    if model.config.text_config.is_encoder_decoder:
+        kind = model.config.text_config.model_type
+        raise VlmqError(f"{plan.names[next(iter(plan.entries))]}: no reader of {to} takes a {kind}; keep it as it is")
     found = ends.find(model)
     exceptions = {found.embedding: "token embedding", found.head: "output head"}
     for module, entry in plan.entries.items():

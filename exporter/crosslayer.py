@@ -127,9 +127,9 @@ def _error(calls: Sequence[Call], counted: Sequence[Tensor | None], outputs: Seq
     total = 0.0
     for call, which, output in zip(calls, counted, outputs, strict=True):
         assert call.reference is not None  # the engine runs the full-precision model alongside for this method
-        target = call.reference.hidden
+        target = call.reference.hidden.to(output.device)
         errors = (output - target).double().square().sum(-1) / target.double().square().sum(-1).clamp(min=1e-12)
-        total += (errors if which is None else errors[which]).sum().item()
+        total += (errors if which is None else errors[which.to(errors.device)]).sum().item()
     return total
 
 

@@ -46,11 +46,12 @@ def plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Walk:
     embedding = recipe.embedding is not None and (recipe.embedding.bits or recipe.bits) != FULL
     if ends.tied:
         _refuse_unlike(ends, recipe, head, embedding)
-        if embedding and f"{ends.head}.weight" in checkpoint.places:
-            raise VlmqError(
-                f"{ends.head}.weight: stored although it is tied to the token embedding; save the checkpoint again, or "
-                "leave both alone"
-            )
+    stored = [weight for weight in getattr(model, "all_tied_weights_keys", {}) if weight in checkpoint.places]
+    if embedding and stored:
+        raise VlmqError(
+            f"{stored[0]}: stored although it is tied to the token embedding; save the checkpoint again, or leave both "
+            "alone"
+        )
     untied = head and not ends.tied
     found = walk(model, _with_head(checkpoint.family, ends.head) if untied else checkpoint.family)
     if not embedding:

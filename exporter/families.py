@@ -56,7 +56,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that run one after the other: their place, their table, and which linears stack several parts."""
+    """Blocks that run one after the other: their place, their table, and which linears stack several parts.
+
+    hands_on: what a block returns after its hidden states, by the names of the arguments that the next one takes it as.
+    answers: its tokens are those of the answer alone, and it sees the question through an encoder.
+    """
 
     component: Component
     path: str
@@ -65,17 +69,26 @@ class Stage:
     single: bool = False  # the module at `path` is one block, not a list of them
     live: Callable[[PretrainedConfig], int] | None = None  # how many blocks run; None: all
     stream: Stream | None = None  # None: nothing in it can be rotated
+    hands_on: tuple[str, ...] = ()
+    answers: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model architecture: its stages in the order they run, and what is left in full precision, and why."""
+    """A model architecture: its stages in the order they run, and what is left in full precision, and why.
+
+    loose_head: an output head that transformers ties to the token embedding unless the checkpoint holds one of its own;
+    with whether the configuration alone lets one expect that. start: the token before every answer, where a decoder
+    says it of what an encoder has read; None where one model reads both.
+    """
 
     name: str
     stages: tuple[Stage, ...]
     kept: dict[str, str]  # module name -> reason
     question: str  # prompt for a question
     caption: str  # prompt for a caption
+    loose_head: tuple[str, bool] | None = None
+    start: int | None = None
 
 
 def attention(linears: str, after: str | None = None, part: str | None = None) -> Reads:
@@ -144,6 +157,27 @@ LLAMA = (
 )
 
 
+# Flan-T5. The keys and values of the cross-attention of all blocks read what the encoder put out, through its last
+# norm: that could absorb one scale for all of them, but one block is in memory at a time.
+T5_SELF = (
+    attention("layer.0.SelfAttention.{q,k,v}", after="layer.0.layer_norm"),
+    attention("layer.0.SelfAttention.o", after="layer.0.SelfAttention.v"),
+)
+T5_CROSS = (
+    attention("layer.1.EncDecAttention.q", after="layer.1.layer_norm"),
+    attention("layer.1.EncDecAttention.{k,v}"),
+    attention("layer.1.EncDecAttention.o", after="layer.1.EncDecAttention.v"),
+)
+T5_HANDS_ON = ("position_bias", "encoder_decoder_position_bias")  # the first block computes them for all
+
+
+def _t5_feedforward(layer: str) -> tuple[Reads, ...]:
+    return (
+        feedforward(f"{layer}.DenseReluDense.{{wi_0,wi_1}}", after=f"{layer}.layer_norm"),
+        feedforward(f"{layer}.DenseReluDense.wo", after=f"{layer}.DenseReluDense.wi_1"),  # gelu(wi_0 x) * wi_1 x
+    )
+
+
 def loose(reads: tuple[Reads, ...], *linears: str) -> tuple[Reads, ...]:
     """The same table with nothing to fold into before `linears`."""
     return tuple(replace(entry, after=None) if set(entry.linears) & set(linears) else entry for entry in reads)
@@ -155,15 +189,8 @@ def _head(config: PretrainedConfig) -> int:
 
 def _blip2(config: PretrainedConfig) -> Family:
     text, vision = config.text_config, config.vision_config
-    if text.model_type != "opt":
-        raise VlmqError(
-            f"language_model: BLIP-2 with {text.model_type} is not supported; the supported text model is opt"
-        )
-    opt: tuple[Reads, ...] = OPT
-    if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:  # post-norm (opt-350m), or bare norms
-        opt = loose(opt, "self_attn.q_proj", "fc1")
-    if text.activation_function != "relu":
-        opt = loose(opt, "fc2")
+    if text.model_type not in ("opt", "t5"):
+        raise VlmqError(f"language_model: BLIP-2 with {text.model_type} is not supported; use opt or t5")
     seen = Stream(
         norm="layer",
         width=vision.hidden_size,
@@ -178,6 +205,47 @@ def _blip2(config: PretrainedConfig) -> Family:
             after="vision_model.post_layernorm",
         ),
     )
+    looking = (
+        Stage("vision", "vision_model.encoder.layers", VIT, fused={"self_attn.qkv": ("q", "k", "v")}, stream=seen),
+        Stage("connector", "qformer.encoder.layer", QFORMER),
+        Stage("connector", "language_projection", (projection(""),), single=True),
+    )
+    return (_blip2_t5 if text.model_type == "t5" else _blip2_opt)(text, looking)
+
+
+def _blip2_t5(text: PretrainedConfig, looking: tuple[Stage, ...]) -> Family:
+    if not text.is_gated_act:
+        raise VlmqError("language_model: BLIP-2 with a T5 whose feed-forward has no gate is not supported; use Flan-T5")
+    untied = not text.scale_decoder_outputs  # of T5, transformers keeps no other trace of what config.json says
+    encoder, decoder = "language_model.encoder.block", "language_model.decoder.block"
+    asking, answering = (*T5_SELF, *_t5_feedforward("layer.1")), (*T5_SELF, *T5_CROSS, *_t5_feedforward("layer.2"))
+    return Family(
+        name="blip-2",
+        stages=(
+            *looking,
+            Stage("language", encoder, asking, hands_on=T5_HANDS_ON),
+            Stage("language", decoder, answering, hands_on=T5_HANDS_ON, answers=True),
+        ),
+        kept={"language_model.lm_head": "output head" if untied else "output head, tied to the token embedding"},
+        question="Question: {} Short answer:",  # of BLIP-2's authors, where the language model is Flan-T5
+        caption="a photo of",
+        loose_head=("language_model.lm_head", untied),
+        start=start_token(text),
+    )
+
+
+def start_token(text: PretrainedConfig) -> int:
+    """The token that an encoder-decoder's answers begin with; of a T5 that names none, the one that pads."""
+    named = getattr(text, "decoder_start_token_id", None)
+    return text.pad_token_id if named is None else named
+
+
+def _blip2_opt(text: PretrainedConfig, looking: tuple[Stage, ...]) -> Family:
+    opt: tuple[Reads, ...] = OPT
+    if not text.do_layer_norm_before or not text.layer_norm_elementwise_affine:  # post-norm (opt-350m), or bare norms
+        opt = loose(opt, "self_attn.q_proj", "fc1")
+    if text.activation_function != "relu":
+        opt = loose(opt, "fc2")
     decoder = "language_model.model.decoder"
     spoken = Stream(
         norm="layer",
@@ -194,9 +262,7 @@ def _blip2(config: PretrainedConfig) -> Family:
     return Family(
         name="blip-2",
         stages=(
-            Stage("vision", "vision_model.encoder.layers", VIT, fused={"self_attn.qkv": ("q", "k", "v")}, stream=seen),
-            Stage("connector", "qformer.encoder.layer", QFORMER),
-            Stage("connector", "language_projection", (projection(""),), single=True),
+            *looking,
             Stage("language", f"{decoder}.layers", opt, stream=spoken if plain else None),
         ),
         kept={

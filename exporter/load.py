@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from vlmq.exporter.families import family_of
 from vlmq.exporter.names import memory_names
-from vlmq.exporter.skeleton import skeleton
+from vlmq.exporter.skeleton import skeleton, untie
 from vlmq.formats import compressed_tensors, layouts, manifest
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
@@ -63,10 +64,15 @@ def _load_packed(folder: Path, config: PretrainedConfig, quantization: dict, dty
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     grids = layout.grids(quantization, names)
     tensors = _Tensors(folder, model)
+    head = family_of(config).loose_head
+    if head and any(f"{head[0]}.{part}" in tensors.disk for part in ("weight", *layout.parts)):
+        untie(model, f"{head[0]}.weight")
     for name, complete in _with_limits(folder, grids, tensors, layout).items():
         module = model.get_submodule(name)
         quantized = _embedding if isinstance(module, nn.Embedding) else _quantized
         model.set_submodule(name, quantized(name, complete, module, tensors, layout))
+        if dtype == torch.float16 and module.weight.dtype == torch.float32:  # of what overflows in float16, as T5's wo
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
     _tie_heads(model)
     dense = {name: parameter for name, parameter in model.state_dict().items() if parameter.is_meta}
     model.load_state_dict(_dense(folder, dense, tensors), strict=False, assign=True)
@@ -104,11 +110,12 @@ def _embedding(name: str, grids: Grids, embedding: nn.Module, tensors: _Tensors,
 
 
 def _tie_heads(model: PreTrainedModel) -> None:
-    """A head that is tied to a packed embedding computes from the embedding's codes."""
+    """A head that is tied to a packed embedding computes from the embedding's codes; another embedding is that one."""
     for weight, source in list(model.all_tied_weights_keys.items()):
-        embedding = model.get_submodule(source.removesuffix(".weight"))
+        embedding, name = model.get_submodule(source.removesuffix(".weight")), weight.removesuffix(".weight")
         if isinstance(embedding, QuantizedEmbedding):
-            model.set_submodule(weight.removesuffix(".weight"), QuantizedLinear(embedding.packed))
+            looks_up = isinstance(model.get_submodule(name), nn.Embedding)
+            model.set_submodule(name, embedding if looks_up else QuantizedLinear(embedding.packed))
             del model.all_tied_weights_keys[weight]
 
 

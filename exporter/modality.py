@@ -7,7 +7,8 @@ the MLP.
 
 The loss here is the cross-entropy of the text after the image: question and answer where a sample has both, for
 calibration samples do not say where the answer begins. The first token after the image is not among its targets: it is
-the template's (a newline, a start mark), and the last image position would be weighed for predicting it.
+the template's (a newline, a start mark), and the last image position would be weighed for predicting it. An
+encoder-decoder's loss is of what its decoder says, and its encoder's blocks alone have vision tokens to weigh.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,9 @@ from vlmq.exporter.walk import walk
 
 
 def weights(checkpoint: Checkpoint, batches: Sequence[Inputs]) -> dict[str, float]:
-    """For each block of the language component, by its name in memory: mean |dL/dy| over the vision tokens of all
-    samples, divided by that over their text tokens; y (sequence, width) is the block's output, L a sample's loss.
+    """For each block of the language component that sees the image, by its name in memory: mean |dL/dy| over the vision
+    tokens of all samples, divided by that over their text tokens; y (sequence, width) is the block's output, L a
+    sample's loss.
 
     The whole model is in memory meanwhile, in float32: here and in the tuning of qvlm alone. Samples go through it one
     at a time, and only hidden states of the language component have gradients, so that a sample's activations are
@@ -42,7 +44,8 @@ def weights(checkpoint: Checkpoint, batches: Sequence[Inputs]) -> dict[str, floa
             "token_weights: modality compares image with text, and no sample has an image; add some, or choose none"
         )
     model = checkpoint.model().requires_grad_(False)
-    names = [block.name for block in walk(model, checkpoint.family).blocks if block.component == "language"]
+    plan = walk(model, checkpoint.family)
+    names = [block.name for block in plan.blocks if block.component == "language" and not block.answers]
     blocks = [model.get_submodule(name) for name in names]
     vision, text = torch.zeros(len(blocks), dtype=torch.float64), torch.zeros(len(blocks), dtype=torch.float64)
     vision_count = text_count = 0
@@ -91,8 +94,11 @@ def _gradients(model: nn.Module, blocks: list[nn.Module], sample: Inputs, places
         for block in blocks:
             hooks.callback(block.register_forward_hook(keep).remove)
         logits = model(**sample, use_cache=False).logits[0]
-    predicting = _predicting(places)
-    loss = F.cross_entropy(logits[predicting], sample["input_ids"][0, predicting + 1])
+    if "decoder_input_ids" in sample:
+        loss = F.cross_entropy(logits[:-1], sample["decoder_input_ids"][0, 1:])
+    else:
+        predicting = _predicting(places)
+        loss = F.cross_entropy(logits[predicting], sample["input_ids"][0, predicting + 1])
     return [gradient[0] for gradient in torch.autograd.grad(loss, outputs)]
 
 

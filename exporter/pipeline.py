@@ -23,8 +23,10 @@ from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint, refuse_altered
 from vlmq.exporter.demo.catalog import CHECKPOINTS
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import report
+from vlmq.exporter.evaluation.memory import peak
 from vlmq.exporter.evaluation.thresholds import refuse_unknown
 from vlmq.exporter.evaluation.verify import Verdict, verify
 from vlmq.exporter.journal import journaled
@@ -32,9 +34,9 @@ from vlmq.exporter.load import load
 from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.planning import plan as planning
 from vlmq.exporter.planning.workload import Workload
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.quantize import needs_reference, quantize, refuse_for_workers
-from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.release import Release
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
@@ -42,7 +44,7 @@ from vlmq.exporter.samples import COUNT, Samples, ids_sha256
 from vlmq.exporter.solving import QuantizedBlock
 from vlmq.exporter.walk import Walk
 from vlmq.exporter.writing import Written, write_weights
-from vlmq.formats import card, compressed_tensors, manifest, onnx_graphs
+from vlmq.formats import card, compressed_tensors, genai, manifest, onnx_graphs, onnx_weights, transformers_js
 from vlmq.formats.folder import companions, copy_companions, refuse_place, staged
 from vlmq.formats.shards import MAX_SHARD_BYTES
 
@@ -56,6 +58,7 @@ class Request:
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
     thresholds: of the verdict, by name, where they are not the defaults (evaluation/thresholds.py).
     fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
+    device: where blocks are solved (devices.py).
     """
 
     model: str
@@ -75,6 +78,7 @@ class Request:
     activation_memory: int = MEMORY
     fresh: bool = False
     gate: bool = True
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,19 +86,22 @@ class Exported:
     """The finished folder, what is in it, and whether it answers as the reference did (None: not asked).
 
     release: what transformers made of it (None: not asked, or no safetensors); where that is not as it must be, nothing
-    was verified. note: what a person must know who loads it with transformers' own reader.
+    was verified. note: what a person must know who loads it with transformers' own reader. planned_memory, peak_memory:
+    the bytes that this process was expected to need, and had at its peak.
     """
 
     folder: Path
     manifest: manifest.Manifest
     verdict: Verdict | None
     note: str | None
+    planned_memory: int
+    peak_memory: int
     release: Release | None = None
 
 
 def export(
     request: Request,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Exported | None:
     """Run the whole way; VlmqError or FormatError, in one line, where it cannot be gone.
@@ -111,13 +118,14 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     refuse_place(request.output)
     consumers.refuse_format(request.recipe.consumer, request.formats)
     refuse_unknown(request.thresholds)
+    device = device_of(request.device)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
-    refuse_for_format(assignment, request.formats)
     refuse_for_workers(assignment)
-    planning.refuse(_planned(request, checkpoint, model, plan, assignment))
+    needed = _planned(request, checkpoint, model, plan, assignment)
+    planning.refuse(needed)
     for line in assignment.told:
         tell(line)
     data = datas.choose(
@@ -131,7 +139,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     )
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
     refuse_altered(checkpoint.folder, source.files)
-    identity = _identity(request, checkpoint, source, data)
+    identity = _identity(request, checkpoint, source, data) | {"device": device.type}
     with (
         journaled(request.output, identity, request.activation_memory, request.fresh) as journal,
         ExitStack() as staging,
@@ -140,7 +148,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
         # A run that looks at no samples is over as soon as its weights are read: its journal would cost more than it.
         kept = journal if calibration else None
-        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept)
+        blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept, device)
         if workers.rank():
             deque(blocks, maxlen=0)  # its part in them is done as they are made
             return None
@@ -154,10 +162,12 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
             written = _write_safetensors(request, checkpoint, blocks, assignment, folder)
             if request.formats == "both":
                 _write_onnx(folder, folder, request.accuracy_level, progress)
+        if request.formats != "safetensors":
+            transformers_js.complete(folder)
         made = _manifest(request, source, checkpoint, assignment, data, written, folder)
         manifest.write(folder, made)
         card.write(folder)  # of what is known by then; written again when more was measured
-    found = load_elsewhere(request.output, progress) if request.gate else None
+    found = release.conclude(request.output, request.gate, progress)
     verdict = None
     if data.evaluation and (found is None or found.ok):
         verdict = verify(
@@ -166,30 +176,19 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         report.write(verdict, request.output)
         card.write(request.output)
     note = None if request.formats == "onnx" else compressed_tensors.caveat(written.grids, ends.find(model).embedding)
-    return Exported(request.output, made, verdict, note, found)
-
-
-def load_elsewhere(folder: Path, progress: Progress) -> Release | None:
-    """The release gate: have transformers load an export, and say what it made of it; None without safetensors."""
-    progress("loading with transformers", 0, 1)
-    found = release.check(folder)
-    if found:
-        card.write(folder)  # what was found is on it
-    progress("loading with transformers", 1, 1)
-    return found
+    return Exported(request.output, made, verdict, note, needed.peak.bytes, peak(), found)
 
 
 def plan(request: Request) -> planning.Plan:
     """What the export of a request will make and need; the model's configuration is enough.
 
-    VlmqError for a recipe that is not meant for the model, or that the formats cannot hold.
+    VlmqError for a recipe that is not meant for the model.
     """
     consumers.refuse_format(request.recipe.consumer, request.formats)
     checkpoint = rotate(open_checkpoint(request.model, request.revision, weights=False), request.recipe.rotate)
     model = checkpoint.skeleton()
     walk = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(walk)
-    refuse_for_format(assignment, request.formats)
     return _planned(request, checkpoint, model, walk, assignment)
 
 
@@ -198,7 +197,8 @@ def _planned(
 ) -> planning.Plan:
     samples = _samples(request, assignment)
     formats, memory = request.formats, request.activation_memory
-    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate)
+    level = request.accuracy_level
+    work = Workload(checkpoint, model, walk, assignment, samples, formats, request.verify, memory, request.gate, level)
     return planning.plan(work, request.output)
 
 
@@ -217,12 +217,13 @@ def verify_folder(
     reference: str | None = None,
     data: str | None = None,
     thresholds: Mapping[str, float] | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     cache: Path | None = None,
-) -> Verdict:
+    gate: bool = True,
+) -> tuple[Verdict, Release | None]:
     """Verify an export again, against the checkpoint its manifest names and on its data, unless others are named.
 
-    thresholds, cache: as `evaluation.verify.verify` has them.
+    thresholds, cache: as `evaluation.verify.verify` has them. gate: have transformers load it, too.
     """
     made = manifest.read(folder)
     checkpoint = open_checkpoint(reference or made.source.name, None if reference else made.source.revision)
@@ -234,8 +235,7 @@ def verify_folder(
     samples = datas.evaluation_set(data or (datas.DEMO if is_demo else None))
     verdict = verify(folder, checkpoint.folder, samples.samples, thresholds, progress=progress, cache=cache)
     report.write(verdict, folder)
-    card.write(folder)
-    return verdict
+    return verdict, release.conclude(folder, gate, progress)
 
 
 def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source, data: datas.Data) -> dict[str, Any]:
@@ -283,7 +283,9 @@ def _write_safetensors(
 
 def _write_onnx(weights: Path, folder: Path, accuracy_level: int, progress: Progress) -> None:
     progress("ONNX graphs", 0, 1)
-    onnx_graphs.export(load(weights), folder, accuracy_level)
+    model = load(weights)
+    onnx_graphs.export(model, folder, accuracy_level)
+    genai.write(folder, model.config)
     progress("ONNX graphs", 1, 1)
 
 
@@ -317,5 +319,7 @@ def _manifest(
         tensors=written.records,
         kept={on_disk(module): reason for module, reason in assignment.kept.items()},
         files=manifest.describe(folder),
-        onnx=None if request.formats == "safetensors" else {"accuracy_level": request.accuracy_level},
+        onnx=None
+        if request.formats == "safetensors"
+        else {"accuracy_level": request.accuracy_level, "linears": onnx_weights.summary(folder)},
     )

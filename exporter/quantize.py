@@ -1,8 +1,8 @@
 """Quantizing: one block after the other, each on what the quantized blocks before it put out.
 
-For every block: read its weights, solve it (`solving.py`), and run it as it will be, its inputs rounded too where the
-recipe says so, to get the next block's inputs. Where ranges are searched across layers, a few blocks stay in memory
-until theirs are found.
+For every block: read its weights (the system reads ahead while the one before is solved), solve it (`solving.py`), and
+run it as it will be, its inputs rounded too where the recipe says so, to get the next block's inputs. Where ranges are
+searched across layers, a few blocks stay in memory until theirs are found.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,12 @@ from torch import nn
 
 from vlmq.exporter import crosslayer, ends, modality, vision_tuning, workers
 from vlmq.exporter.calibration import Calibration, Call
-from vlmq.exporter.checkpoint import Checkpoint, release
+from vlmq.exporter.checkpoint import Checkpoint, release, tie
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.journal import Journal
 from vlmq.exporter.methods.registry import METHODS, is_calibrated
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.solving import Given, QuantizedBlock, Solved, is_asymmetric, solve_block
@@ -32,23 +33,25 @@ def quantize(
     walk: Walk,
     assignment: Assignment,
     calibration: Calibration | None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
     journal: Journal | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[QuantizedBlock]:
     """Every block in the order it runs; `calibration` is None when no method of the assignment looks at inputs.
 
     journal: where every block is made durable before it is handed out, and from which those that an earlier run
-    finished come.
+    finished come. device: where blocks are calibrated and solved, one after the other.
     """
-    given = Given(checkpoint, model, assignment.schemes)
     stages = [stage for stage in walk.stages if not ends.is_embedding(stage)]
     blocks = [block for stage in stages for block in stage]
+    done = journal.done if journal else 0
+    given = Given(
+        checkpoint, model, assignment.schemes, device, lambda name: progress("quantizing", done, len(blocks), name)
+    )
     for stage in walk.stages[: len(walk.stages) - len(stages)]:
         yield ends.quantize_embedding(stage[0], given)
-    done = 0
     if journal:
         yield from journal.blocks(blocks, given.schemes)
-        done = journal.done
     if calibration and done < len(blocks):
         given = _prepared(given, calibration)
         if journal and journal.state:
@@ -75,7 +78,10 @@ def quantize(
                 if stage.index(span[0]) < ahead:
                     continue
                 progress("quantizing", done, len(blocks))
-                found = _quantize_span(span, given, list(calls.values()), last=span[-1] is stage[-1])
+                if done + len(span) < len(blocks):
+                    checkpoint.read_ahead(blocks[done + len(span)].name)
+                last = span[-1] is stage[-1] and not _is_read_whole(stage, walk)
+                found = _quantize_span(span, given, list(calls.values()), last)
                 done += len(span)
                 if calibration and span[-1] is stage[-1]:
                     calibration.finish(stage, calls)
@@ -157,7 +163,7 @@ def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], las
 
     for block in span:
         module = given.model.get_submodule(block.name)
-        given.checkpoint.fill(module, block.name)
+        given.checkpoint.fill(module, block.name, device=given.device)
         finished.append(solve_block(block, given, calls))
         roundings.append(_rounding(given.model, finished[-1]))
         search((block,))
@@ -202,9 +208,15 @@ def _outside(given: Given, walk: Walk) -> Iterator[None]:
     ]
     for name, module in found:
         given.checkpoint.fill(module, name, recurse=False)
+    tie(given.model, [name for name, _ in found], given.checkpoint.places)
     yield
     for _, module in found:
         release(module, recurse=False)
+
+
+def _is_read_whole(stage: tuple[Block, ...], walk: Walk) -> bool:
+    """Whether what a stage puts out for the image is read: an encoder's is, by the decoder's blocks."""
+    return any(block.answers for block in walk.blocks) and not stage[0].answers
 
 
 def _check_seen(stage: tuple[Block, ...], given: Given, calibration: Calibration) -> None:

@@ -41,7 +41,7 @@ from vlmq.exporter.walk import Site, Walk
 from vlmq.exporter.yaml_files import read_yaml
 from vlmq.kernels.grid import ROW, TENSOR, Grid
 
-__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "refuse_for_format", "thirds_of"]
+__all__ = ["Assignment", "Recipe", "Scheme", "make_recipe", "read_recipe", "thirds_of"]
 
 WIDTHS = (256, 128, 64, 32, 16)  # of groups, what `indivisible: shrink` chooses from
 UNIFORM = "uniform"  # has one grid only: asymmetric, for the whole tensor (paper 002, A.1)
@@ -109,6 +109,7 @@ class Recipe(Settings):
                 "component bits of its own"
             )
         _refuse_two_scales(walk, schemes)
+        _refuse_tuning(walk, schemes)
         consumers.refuse(self.consumer, walk, schemes)
         wanted = any(place.activations and place.activations.bits is None for place in self._all_settings())
         if wanted and not any(scheme.inputs for scheme in schemes.values()):
@@ -271,13 +272,22 @@ def _refuse_two_scales(walk: Walk, schemes: dict[str, Scheme]) -> None:
             )
 
 
-def refuse_for_format(assignment: Assignment, formats: Literal["safetensors", "onnx", "both"]) -> None:
-    """VlmqError naming the first site whose scheme the format cannot hold."""
-    if formats == "safetensors":
+def _refuse_tuning(walk: Walk, schemes: dict[str, Scheme]) -> None:
+    """The loss by which qvlm tunes a vision encoder follows one stream from the image to the answer."""
+    if not any(block.answers for block in walk.blocks):
         return
-    for name, scheme in assignment.schemes.items():
-        if scheme.inputs:
-            raise VlmqError(f"{name}: ONNX graphs hold no activation grid; choose --format safetensors")
+    for site in walk.sites:
+        scheme = schemes.get(site.name)
+        if (
+            site.component == "vision"
+            and scheme
+            and METHODS[scheme.method].percentiles
+            and scheme.options.vision_tuning
+        ):
+            raise VlmqError(
+                f"{site.name}: {scheme.method} cannot tune the vision encoder before an encoder-decoder; "
+                "set --option vision_tuning=false"
+            )
 
 
 def read_recipe(file: Path) -> Recipe:

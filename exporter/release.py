@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.formats import layouts, manifest
+from vlmq.exporter.progress import Progress
+from vlmq.formats import card, compressed_tensors, layouts, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import headers
 
@@ -67,6 +68,19 @@ class Release:
         return not self.misses
 
 
+def conclude(folder: Path, gate: bool, progress: Progress = lambda what, done, of: None) -> Release | None:
+    """The end of whatever made or measured an export: where asked, transformers loads it, and its card is written anew
+    with all that is known by then. None where it was not asked, or has no safetensors.
+    """
+    found = None
+    if gate:
+        progress("loading with transformers", 0, 1)
+        found = check(folder)
+        progress("loading with transformers", 1, 1)
+    card.write(folder)
+    return found
+
+
 def check(folder: Path) -> Release | None:
     """Load an export as its users will, and write what was found into it; None where it has no safetensors.
 
@@ -104,7 +118,11 @@ def why_not(folder: Path) -> str | None:
     layout = layouts.of_config(config)
     if not layout.general:
         return f"transformers reads {layout.stored} through gptqmodel, which vlmq does not run"
-    if config.get("dequantize") or len(config["config_groups"]) == 1:
+    if config.get("dequantize"):
+        return None
+    if compressed_tensors.has_t5(manifest.read(folder).tensors):
+        return "transformers cannot load a T5 with several grids or rounded inputs; vlmq's own load() does"
+    if len(config["config_groups"]) == 1:
         return None
     if not all(group["weights"]["symmetric"] for group in config["config_groups"].values()):
         return "transformers cannot load several grids of which some are asymmetric; vlmq's own load() does"

@@ -119,7 +119,7 @@ def compare_weights(model: PreTrainedModel, folder: Path) -> tuple[int, bool, li
 
 def dense(model: PreTrainedModel, rounded: bool) -> PreTrainedModel:
     """Our reader's model with every packed weight dequantized, in the precision of its scales where `rounded`."""
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a T5's embedding has three names
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             weight = module.quantized()
             values = weight.dequantize().to(weight.scale.dtype) if rounded else weight.dequantize()

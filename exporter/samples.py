@@ -94,13 +94,27 @@ def ids_sha256(samples: Iterable[Sample]) -> str:
 
 
 def image_digests(samples: Iterable[Sample]) -> dict[str, str]:
-    """Id of every sample with an image -> the image's digest; an image of several samples is read once."""
+    """Id of every sample with an image -> the image's digest; an image of several samples is read once.
+
+    VlmqError with the first sample whose image cannot be read.
+    """
     digest_of = cache(digest)
-    return {sample.id: digest_of(sample.image) for sample in samples if sample.image is not None}
+    found = {}
+    for sample in samples:
+        if sample.image is None:
+            continue
+        try:
+            found[sample.id] = digest_of(sample.image)
+        except VlmqError as fault:
+            raise VlmqError(f"sample {sample.id}: {fault}") from None
+    return found
 
 
 def refuse_leakage(calibration: Iterable[str], evaluation: Sequence[Sample]) -> None:
-    """VlmqError when an image of `evaluation` is among `calibration`, the digests of the images calibrated on."""
+    """VlmqError when an image of `evaluation` is among `calibration`, the digests of the images calibrated on.
+
+    All of them are decoded, so that one that cannot be is known before hours of work.
+    """
     seen = frozenset(calibration)
     digests = image_digests(evaluation)
     leaked = [sample for sample in evaluation if digests.get(sample.id) in seen]

@@ -25,6 +25,15 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
     return model.eval()
 
 
+def untie(model: PreTrainedModel, weight: str) -> None:
+    """Make a weight that is tied to another one of its own, still on the meta device."""
+    if weight in model.all_tied_weights_keys:
+        del model.all_tied_weights_keys[weight]
+        path, _, leaf = weight.rpartition(".")
+        parameter = model.get_parameter(weight)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(parameter.detach(), requires_grad=False))
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

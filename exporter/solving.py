@@ -5,7 +5,7 @@ The block comes with its full-precision weights and leaves with the quantized on
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlmq.exporter import folds, workers
 from vlmq.exporter.calibration import Call, Wanted, gather
 from vlmq.exporter.checkpoint import Checkpoint
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.learned_rounding import Tuned
 from vlmq.exporter.methods import gptq
 from vlmq.exporter.methods.problem import Problem, Trial
@@ -64,21 +65,28 @@ class QuantizedBlock:
 class Given:
     """What is known of all blocks before the first is solved.
 
-    vision_weights: what an image token counts in a block, where tokens are weighted. tuned: by site, where the
-    ranges of a component were tuned together.
+    device: where blocks are solved. tell: is called with the name of what is being solved. vision_weights: what an
+    image token counts in a block, where tokens are weighted. tuned: by site, where the ranges of a component were
+    tuned together.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     schemes: Schemes
+    device: torch.device = CPU
+    tell: Callable[[str], None] = lambda name: None
     vision_weights: Mapping[str, float] = field(default_factory=dict)
     tuned: Mapping[str, Tuned] = field(default_factory=dict)
 
 
 def solve_block(block: Block, given: Given, calls: Collection[Call]) -> QuantizedBlock:
-    """Quantize a block whose weights are filled; where no worker has calls, without statistics."""
+    """Quantize a block whose weights are filled; where no worker has calls, without statistics.
+
+    It is solved where its weights are; what it became lies in the processor's memory.
+    """
     model, schemes = given.model, given.schemes
     module = model.get_submodule(block.name)
+    given.tell(block.name)
     before = {
         name: tensor.clone()
         for name, tensor in module.named_parameters(block.name)
@@ -106,12 +114,21 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
     for entry in block.inputs:
         seen = statistics.pop(0)  # its memory is free for the next
         names = [site.name for site in entry.sites if site.name in schemes]
+        given.tell(", ".join(names))
         weights = solve_input(names, given, seen)
         for name, weight in weights.items():
             solved[name] = _solved(name, weight, given, seen, folded[name])
             if seen is not None and _is_searched(name, given):
-                rows[name] = seen.rows
-    return QuantizedBlock(block, solved, _settle(block, given, before, solved), rows)
+                rows[name] = seen.rows.cpu()
+    changed = _settle(block, given, before, solved)
+    return QuantizedBlock(block, {name: _home(each) for name, each in solved.items()}, changed, rows)
+
+
+def _home(solved: Solved) -> Solved:
+    """What a site became, in the processor's memory."""
+    found = solved.weight
+    weight = found.cpu() if isinstance(found, Tensor) else found.to(CPU)
+    return replace(solved, weight=weight, fold=None if solved.fold is None else solved.fold.cpu())
 
 
 def _wanted(entry: Input, block: Block, given: Given) -> Wanted:
@@ -141,7 +158,8 @@ def _rescale(entry: Input, given: Given, seen: Statistics | None, block_error: C
     """The scale to fold before an input; None where there is nowhere to fold it, or no method that wants one."""
     tuned = [given.tuned[site.name] for site in entry.sites if site.name in given.tuned]
     if tuned:
-        return tuned[0].scale  # the ranges were learned of what it leaves
+        scale = tuned[0].scale  # the ranges were learned of what it leaves
+        return None if scale is None else scale.to(given.device)
     if seen is None:
         return None
 
@@ -220,7 +238,7 @@ def _solve_rows(name: str, rows: slice, weight: Tensor, given: Given, seen: Stat
     """Codes for rows that were stacked; the name and its rows are those of the first, which speaks for all."""
     scheme, dtype = given.schemes[name], _dtype(given, name)
     if name in given.tuned:
-        return to_grid(weight, scheme.grid, dtype, given.tuned[name].clip[rows])
+        return to_grid(weight, scheme.grid, dtype, given.tuned[name].clip[rows].to(weight.device))
     return METHODS[scheme.method].solve(weight, seen, scheme, dtype)  # type: ignore[arg-type]   # None: not calibrated
 
 
@@ -292,7 +310,7 @@ def _settle(block: Block, given: Given, before: dict[str, Tensor], solved: dict[
             parameter.copy_(_round_bias(parameter, solved[module].scheme))
         stored = parameter.to(given.checkpoint.dtype(name))
         if not torch.equal(parameter, before[name]):
-            changed[name] = stored
+            changed[name] = stored.cpu()
         parameter.copy_(stored)  # a rotated checkpoint's tensors are more precise than a file of it will be
     return changed
 

@@ -51,12 +51,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Block:
-    """One repeated layer (or a module that is a block by itself)."""
+    """One repeated layer (or a module that is a block by itself); `hands_on` and `answers` are its stage's."""
 
     name: str
     component: Component
     index: int
     inputs: tuple[Input, ...]
+    hands_on: tuple[str, ...] = ()
+    answers: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -122,7 +124,7 @@ def _block(name: str, index: int, stage: Stage, linears: dict[str, nn.Linear]) -
         sites = tuple(site(linear, entry) for linear in entry.linears)
         by_name |= {found.name: found for found in sites}
         inputs.append(Input(sites, _source(name, entry, by_name)))
-    return Block(name, stage.component, index, tuple(inputs))
+    return Block(name, stage.component, index, tuple(inputs), stage.hands_on, stage.answers)
 
 
 def _source(block: str, entry: Reads, sites: dict[str, Site]) -> Source | None:

@@ -313,6 +313,9 @@ def limitations(made: Manifest, report: Mapping[str, Any], release: Mapping[str,
         found.append("It was not made for vLLM, which takes fewer linears quantized (`vlmq export --consumer vllm`).")
     if made.onnx is not None and made.onnx.get("accuracy_level") == 0:
         found.append("Its ONNX graphs multiply in float32; `--accuracy-level 4` is faster and less exact.")
+    simulated = sum(entry["linears"] for entry in (made.onnx or {}).get("linears", ()) if entry["simulated"])
+    if simulated:
+        found.append(f"Its ONNX graphs round the inputs of {simulated} linears in floating point, which saves no time.")
     if made.calibration and made.calibration.count < 64:
         found.append(f"It was calibrated on {made.calibration.count} samples only.")
     found.append("The base model's own limitations, and its licence, hold for it as well.")

@@ -21,6 +21,7 @@ tensors of an input are defined by `quantization/lifecycle/initialize.py`. A wei
 that share a scale. Limits of an input have no place here: the manifest has them.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -191,11 +192,19 @@ def is_packed_in_transformers(sites: Mapping[str, Grids]) -> bool:
     return len({_pair(grids) for grids in sites.values()}) > 1 or any(grids.inputs for grids in sites.values())
 
 
+def has_t5(names: Iterable[str]) -> bool:
+    """Whether linears of a T5 are among these. transformers' T5 looks at its weights as it is loaded, and finds none
+    where they are still packed: it needs the dense ones that only a config of one grid can ask for."""
+    return any(re.search(r"\.(SelfAttention|EncDecAttention|DenseReluDense)\.", name) for name in names)
+
+
 def unloadable(sites: Mapping[str, Grids], embedding: str | None = None) -> str | None:
     """Why transformers' own `from_pretrained` cannot load such a folder, or not as it was verified; None: it can."""
     several = len({_pair(grids) for grids in sites.values()}) > 1
     rounded = any(grids.inputs is not None for grids in sites.values())
     asymmetric = not all(grids.weight.symmetric for grids in sites.values())
+    if (several or rounded) and has_t5(sites):
+        return "transformers cannot load a T5 with several grids or rounded inputs"
     if embedding in sites and (several or rounded):
         return "transformers cannot load a packed embedding beside another grid or rounded inputs"
     if several and asymmetric:
@@ -214,7 +223,7 @@ def caveat(sites: Mapping[str, Grids], embedding: str | None = None) -> str | No
     rounded = [(grids.inputs, grids.limits) for grids in sites.values() if grids.inputs is not None]
     dynamic = [inputs for inputs, _ in rounded if inputs.group != TENSOR]
     if why := unloadable(sites, embedding):
-        return f"{why}; use vlmq{'' if embedding in sites else ', or --symmetric'}"
+        return f"{why}; use vlmq{'' if embedding in sites or has_t5(sites) else ', or --symmetric'}"
     notes = []
     if is_packed_in_transformers(sites):
         notes.append(f"in transformers, unpack the weights before generate(): {UNPACK}")

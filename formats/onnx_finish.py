@@ -5,20 +5,24 @@
 * float32 tensors that float16 holds exactly are stored in float16 behind a Cast. onnxruntime folds the Cast when it
   loads the graph: the file is half as large and the resident memory the same. A table that is looked up is cast after
   the look-up, and stays small in memory too.
+* The functions of domain `vlmq` that its nodes call come with it.
 """
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from vlmq.formats.onnx_modules import MODEL
+from vlmq.kernels import functions
+from vlmq.kernels.graph_linear import OURS
 
 INLINE_BYTES = 1024  # transformers.js infers shapes from small tensors, so they must be inside the graph file
 FLOATING = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TOTAL = "total_sequence_length"
 
 
-def finish(model: ir.Model) -> None:
-    """Clean, name and shrink the graph in place."""
+def finish(model: ir.Model, shrink: bool = True) -> None:
+    """Clean and name the graph in place; `shrink` a float32 one."""
     _strip(model)
     for name in list(model.graph.initializers):
         if name.startswith(f"{MODEL}."):
@@ -26,8 +30,16 @@ def finish(model: ir.Model) -> None:
     for output in model.graph.outputs:
         # the tracer says past_sequence_length + sequence_length, in either order
         output.shape = ir.Shape([TOTAL if "+" in str(size) else size for size in output.shape or ()])
-    for value in list(model.graph.initializers.values()):
+    for value in list(model.graph.initializers.values()) if shrink else ():
         _store_small(model.graph, value)
+    _bring_functions(model)
+
+
+def _bring_functions(model: ir.Model) -> None:
+    for name in sorted({node.op_type for node in model.graph if node.domain == OURS}):
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(functions.text(name)))
+        model.functions[function.identifier()] = function
+        model.graph.opset_imports.update({OURS: 1, **function.opset_imports})
 
 
 def _strip(model: ir.Model) -> None:

@@ -3,10 +3,15 @@
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx         the graph, tensors below 1 KiB inside
     onnx/{vision_encoder,embed_tokens,decoder_model_merged}<suffix>.onnx_data    the other tensors
 
+A language model with an encoder has a fourth, `encoder_model`, and another decoder (onnx_encoder_decoder.py).
+
 `<suffix>` is transformers.js' name of a precision, here of the container that holds most of the quantized weights:
-`_q4`, `_q2`, `_quantized` (8 bits), or nothing. Activations are float32. A quantized linear is a
-`com.microsoft::MatMulNBits` whose initializers are called `<module>.qweight`, `.scales` and `.qzeros`; which grid its
-codes are on is in the model's metadata under `vlmq.grids`, because a container may have more bits than the grid.
+`_q4`, `_q2`, `_quantized` (8 bits, and two containers that make up 6 or 8), or nothing; in float16 `_q4f16`, `_fp16`.
+
+A quantized linear is one node, on initializers that are called `<module>.qweight`, `.scales` and so on: MatMulNBits of
+onnxruntime, or a function of domain `vlmq` that the graph brings along (kernels/products.py, kernels/functions.py).
+Which grid its codes are on, and which product it is, is in the graph's metadata under `vlmq.grids`; what grid its input
+is rounded to under `vlmq.inputs`.
 """
 
 import json
@@ -15,54 +20,83 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.formats import onnx_encoder_decoder
 from vlmq.formats.errors import FormatError
 from vlmq.formats.onnx_finish import INLINE_BYTES, finish
-from vlmq.formats.onnx_modules import GRAPHS, parts_of
+from vlmq.formats.onnx_modules import DECODER, LOOKING, Decoder, Part, parts_of
 from vlmq.kernels.embedding import QuantizedEmbedding
+from vlmq.kernels.graph_linear import GraphLinear
 from vlmq.kernels.linear import QuantizedLinear
-from vlmq.kernels.nbits import CONTAINERS
+from vlmq.kernels.products import Product, product
 
 OPSET = 20
 GRIDS = "vlmq.grids"
-SUFFIX = {2: "_q2", 4: "_q4", 8: "_quantized"}
+INPUTS = "vlmq.inputs"
+SUFFIX = {2: "_q2", 4: "_q4", 6: "_quantized", 8: "_quantized"}
 CHATTY = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 def export(model: PreTrainedModel, folder: Path, accuracy_level: int = 0) -> list[Path]:
-    """Write the graphs of a float32 model on the CPU into folder/onnx; returns the files, graphs first.
+    """Write the graphs of a model on the CPU into folder/onnx; returns the files, graphs first.
 
-    Linears may be QuantizedLinear or plain. accuracy_level is MatMulNBits': 0 computes in float32, 4 in int8 (faster,
-    a few per cent of error a layer); 8-bit weights always get 4. FormatError for a model no graph can be made of, one
-    whose linears round their inputs included.
+    Linears may be QuantizedLinear or plain. accuracy_level: 0 gives the products of the fake-quantized model; 4
+    multiplies in int8, faster and with a few per cent of error a layer, where inputs are not rounded to a grid anyway.
+    A graph computes in the model's dtype: float32, or float16 for providers that have it.
+    FormatError for a model no graph can be made of.
     """
-    parts_of(model)
-    if model.dtype != torch.float32:
-        kind = model.config.model_type
-        raise FormatError(f"{kind}: graphs are made from float32, not {model.dtype}; load it in float32")
-    for name, linear in quantized_linears(model).items():
-        if linear.inputs is not None:
-            raise FormatError(f"{name}: ONNX graphs hold no activation grid; choose --format safetensors")
+    graphs = graphs_of(model)
+    _refuse_dtype(model, accuracy_level)
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
-    suffix = suffix_of(model)
-    return [
-        path for name in GRAPHS for path in _write(trace(model, name, accuracy_level), target / f"{name}{suffix}.onnx")
-    ]
+    suffix = suffix_of(model, accuracy_level)
+    with _ready(model, accuracy_level):
+        return [path for name in graphs for path in _write(_traced(model, name), target / f"{name}{suffix}.onnx")]
 
 
-def suffix_of(model: nn.Module) -> str:
+def _refuse_dtype(model: PreTrainedModel, accuracy_level: int) -> None:
+    """FormatError where no graph computes in the model's dtype."""
+    if model.dtype == torch.float32:
+        return
+    if model.dtype != torch.float16:
+        kind = model.config.model_type
+        raise FormatError(f"{kind}: graphs compute in float32 or float16, not {model.dtype}; load it in float32")
+    for name, linear in quantized_linears(model).items():
+        if linear.inputs is not None or len(_product(linear, accuracy_level).containers) > 1:
+            raise FormatError(f"{name}: a float16 graph has no product of {linear.grid}; load the model in float32")
+        if not torch.equal(linear.scales.half().double(), linear.scales.double()):
+            raise FormatError(f"{name}: float16 does not hold its scales exactly; load the model in float32")
+
+
+def graphs_of(model: PreTrainedModel) -> dict[str, type[Part]]:
+    """The graphs of a model by name, in the order in which they run; FormatError where it has none."""
+    parts_of(model)
+    if not model.config.text_config.is_encoder_decoder:
+        return {**LOOKING, DECODER: Decoder}
+    onnx_encoder_decoder.refuse(model)
+    return {
+        **LOOKING,
+        onnx_encoder_decoder.ENCODER: onnx_encoder_decoder.Encoder,
+        DECODER: onnx_encoder_decoder.Decoder,
+    }
+
+
+def suffix_of(model: PreTrainedModel, accuracy_level: int = 0) -> str:
     """What the file names of the model's graphs end in, before .onnx."""
     weights: Counter[int] = Counter()
-    for module in quantized_linears(model).values():
-        weights[CONTAINERS[module.grid.bits]] += module.in_features * module.out_features
-    return SUFFIX[weights.most_common(1)[0][0]] if weights else ""
+    for linear in quantized_linears(model).values():
+        bits = sum(_product(linear, accuracy_level).containers)
+        weights[bits] += linear.in_features * linear.out_features
+    suffix = SUFFIX[weights.most_common(1)[0][0]] if weights else ""
+    return suffix if model.dtype == torch.float32 else f"{suffix}f16" if suffix else "_fp16"
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -71,9 +105,19 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Model:
-    """One of GRAPHS, cleaned and with its weights in memory; the model is as before."""
-    with _dense_embedding(model), _ready(model, accuracy_level), _quiet(), torch.no_grad():
-        part = GRAPHS[name](model).eval()
+    """One of `graphs_of`, cleaned and with its weights in memory; the model is as before."""
+    with _ready(model, accuracy_level):
+        return _traced(model, name)
+
+
+def _product(linear: QuantizedLinear, accuracy_level: int) -> Product:
+    return product(linear.grid, linear.inputs, accuracy_level)
+
+
+def _traced(model: PreTrainedModel, name: str) -> ir.Model:
+    """One of `graphs_of`, of a model that is `_ready`."""
+    with _quiet(), torch.no_grad():
+        part = graphs_of(model)[name](model).eval()
         program = torch.onnx.export(
             part,
             part.example(),
@@ -86,21 +130,37 @@ def trace(model: PreTrainedModel, name: str, accuracy_level: int = 0) -> ir.Mode
             verbose=False,
         )
     assert program is not None  # only with a file name is there none
-    finish(program.model)
-    program.model.metadata_props[GRIDS] = json.dumps(
-        {
-            name: [
-                linear.grid.bits,
-                linear.grid.group,
-                linear.grid.symmetric,
-                linear.in_features,
-                str(linear.scales.dtype),
-            ]
-            for name, linear in sorted(quantized_linears(model).items())
-            if f"{name}.qweight" in program.model.graph.initializers
-        }
-    )
+    finish(program.model, shrink=model.dtype == torch.float32)
+    _describe(program.model, model)
     return program.model
+
+
+def _describe(graph: ir.Model, model: nn.Module) -> None:
+    """Say in the metadata of a graph what each of its quantized linears is."""
+    linears = {
+        name: linear
+        for name, linear in sorted(model.named_modules())
+        if isinstance(linear, GraphLinear) and f"{name}.qweight" in graph.graph.initializers
+    }
+    grids = {
+        name: [
+            linear.grid.bits,
+            linear.grid.group,
+            linear.grid.symmetric,
+            linear.in_features,
+            str(linear.solved),
+            linear.product.kind,
+        ]
+        for name, linear in linears.items()
+    }
+    inputs = {
+        name: [*astuple(linear.inputs), *(astuple(linear.limits) if linear.limits else (None, None))]
+        for name, linear in linears.items()
+        if linear.inputs is not None
+    }
+    graph.metadata_props[GRIDS] = json.dumps(grids)
+    if inputs:
+        graph.metadata_props[INPUTS] = json.dumps(inputs)
 
 
 def _write(graph: ir.Model, path: Path) -> list[Path]:
@@ -124,27 +184,28 @@ def _dense_embedding(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _ready(model: nn.Module, accuracy_level: int) -> Iterator[None]:
-    """Quantized linears in MatMulNBits' layout and with the accuracy level; attention as plain products.
+def _ready(model: PreTrainedModel, accuracy_level: int) -> Iterator[None]:
+    """Quantized linears as onnxruntime has them; attention as plain products.
 
     The graph of torch's fused attention guards against NaN in rows that see nothing, which costs a tenth of the time
     of a step and protects only padding.
     """
-    changes: list[tuple[object, str, object]] = []
-    for linear in quantized_linears(model).values():
-        linear.to_portable()
-        changes.append((linear, "accuracy_level", accuracy_level))
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    changes.extend((config, "_attn_implementation", "eager") for config in configs.values())
-
-    before = [getattr(owner, name) for owner, name, _ in changes]
-    for owner, name, value in changes:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            setattr(owner, name, value)
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    linears = quantized_linears(model)
+    with _dense_embedding(model):
+        try:
+            for config, _ in before:
+                config._attn_implementation = "eager"
+            for name, linear in linears.items():
+                made = GraphLinear(linear, _product(linear, accuracy_level), model.dtype)
+                model.set_submodule(name, made)
+            yield
+        finally:
+            for name, linear in linears.items():
+                model.set_submodule(name, linear)
+            for config, implementation in before:
+                config._attn_implementation = implementation
 
 
 @contextmanager

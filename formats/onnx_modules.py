@@ -84,8 +84,6 @@ def parts_of(model: PreTrainedModel) -> Parts:
     tower = getattr(model.config, parts.vision).model_type
     if tower not in parts.towers:
         raise FormatError(f"{kind}: no ONNX graph for a {tower}; choose --format safetensors")
-    if model.config.text_config.is_encoder_decoder:
-        raise FormatError(f"{kind}: no ONNX graph for an encoder-decoder language model; choose --format safetensors")
     return parts
 
 
@@ -122,7 +120,7 @@ class VisionEncoder(Part):
 
     def example(self) -> tuple:
         side = self.vision.image_size
-        return (torch.zeros(2, 3, side, side),)
+        return (torch.zeros(2, 3, side, side, dtype=self.vlm.dtype),)
 
     def dynamic(self) -> tuple:
         return ({0: "batch_size"},)
@@ -171,10 +169,12 @@ class Decoder(Part):
         width = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
         def slot() -> Tensor:
-            return torch.zeros(batch, heads, past, width)  # one tensor twice would be traced as one input
+            return torch.zeros(
+                batch, heads, past, width, dtype=self.vlm.dtype
+            )  # one tensor twice would be traced as one input
 
         return (
-            torch.zeros(batch, sequence, self.embedding[0].embedding_dim),
+            torch.zeros(batch, sequence, self.embedding[0].embedding_dim, dtype=self.vlm.dtype),
             torch.ones(batch, past + sequence, dtype=torch.long),
             torch.arange(past, past + sequence).expand(batch, -1),
             [(slot(), slot()) for _ in range(self.layers)],
@@ -186,8 +186,5 @@ class Decoder(Part):
         return step, {0: "batch_size", 1: "total_sequence_length"}, step, [(slot, slot)] * self.layers
 
 
-GRAPHS: dict[str, type[Part]] = {
-    "vision_encoder": VisionEncoder,
-    "embed_tokens": EmbedTokens,
-    "decoder_model_merged": Decoder,
-}
+LOOKING: dict[str, type[Part]] = {"vision_encoder": VisionEncoder, "embed_tokens": EmbedTokens}
+DECODER = "decoder_model_merged"

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from vlmq.formats.errors import FormatError
-from vlmq.formats.onnx_graphs import GRIDS
-from vlmq.kernels import nbits
+from vlmq.formats.onnx_graphs import GRIDS, INPUTS
+from vlmq.kernels import products
 from vlmq.kernels.grid import Grid, QuantizedWeight
-from vlmq.kernels.nbits import NBitsWeight
 
 
 def read_weights(path: Path) -> dict[str, QuantizedWeight]:
@@ -43,18 +43,48 @@ def recorded_grids(path: Path, model: ir.Model) -> dict[str, list]:
     return json.loads(model.metadata_props[GRIDS])
 
 
+def recorded_inputs(model: ir.Model) -> dict[str, list]:
+    """What the metadata of a loaded graph say of each linear that rounds its input: the grid, then the limits."""
+    return json.loads(model.metadata_props.get(INPUTS, "{}"))
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    """What the linears in the graphs of a folder are, for the manifest: an entry for each scheme and product.
+
+    bytes: of their tensors, scales and zeros included. simulated: inputs are rounded in floating point beforehand.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((folder / "onnx").glob("*.onnx")):
+        model = load(path)
+        inputs = recorded_inputs(model)
+        for name, (bits, group, symmetric, _, _, kind) in recorded_grids(path, model).items():
+            rounded = dict(zip(("bits", "group", "symmetric"), inputs[name], strict=False)) if name in inputs else None
+            entry = {
+                "weight": {"bits": bits, "group": group, "symmetric": symmetric},
+                "inputs": rounded,
+                "product": kind,
+                "simulated": rounded is not None and kind != products.INTEGERS,
+            }
+            counted = found.setdefault(json.dumps(entry, sort_keys=True), {**entry, "linears": 0, "bytes": 0})
+            counted["linears"] += 1
+            counted["bytes"] += sum(tensor.nbytes for tensor in _stored(model, name).values())
+    return [found[key] for key in sorted(found)]
+
+
+def _stored(model: ir.Model, name: str) -> dict[str, ir.TensorProtocol]:
+    """The tensors of one linear, by part."""
+    values = {part: model.graph.initializers.get(f"{name}.{part}") for part in products.PARTS}
+    return {part: value.const_value for part, value in values.items() if value is not None and value.const_value}
+
+
 def read_weight(model: ir.Model, name: str, recorded: list) -> QuantizedWeight:
-    """One weight of a loaded graph; FormatError where it lacks codes or scales."""
-    bits, group, symmetric, columns, dtype = recorded
-
-    def tensor(part: str) -> torch.Tensor | None:
-        value = model.graph.initializers.get(f"{name}.{part}")
-        stored = None if value is None else value.const_value
-        return None if stored is None else values_of(f"{name}.{part}", stored)
-
-    qweight, scales = tensor("qweight"), tensor("scales")
-    if qweight is None or scales is None:
-        raise FormatError(f"{name}: its graph has no qweight or scales of it; export again")
-    scales = scales.to(getattr(torch, dtype.removeprefix("torch.")))  # exact: finish() only widens or checks
+    """One weight of a loaded graph; FormatError where it lacks a tensor of it."""
+    bits, group, symmetric, columns, dtype, *kind = recorded
     grid = Grid(bits, group, symmetric)
-    return nbits.unpack(NBitsWeight(qweight, scales, tensor("qzeros"), columns, grid))
+    tensors = {part: values_of(f"{name}.{part}", stored) for part, stored in _stored(model, name).items()}
+    try:
+        # exact: finish() only widens or checks
+        tensors["scales"] = tensors["scales"].to(getattr(torch, dtype.removeprefix("torch.")))
+        return products.unpack(tensors, kind[0] if kind else products.unsaid(grid), columns, grid)
+    except KeyError as error:
+        raise FormatError(f"{name}: its graph has no {error.args[0]} of it; export again") from None

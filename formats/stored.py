@@ -5,6 +5,7 @@ at: safetensors and the graphs' data files are mapped.
 """
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmq.formats import layouts
+from vlmq.formats.errors import FormatError
 from vlmq.formats.manifest import DENSE, TensorRecord, digest_of
-from vlmq.formats.onnx_weights import load, read_weight, recorded_grids, values_of
+from vlmq.formats.onnx_weights import load, read_weight, recorded_grids, recorded_inputs, values_of
 from vlmq.formats.shards import headers
 from vlmq.kernels.grid import QuantizedWeight
 
@@ -77,11 +79,13 @@ class Graphs:
         """aliases: other names of tied tensors, in memory."""
         self.aliases = aliases
         self.packed: dict[str, tuple[ir.Model, list]] = {}
+        self.inputs: dict[str, list] = {}
         self.values: dict[str, ir.Value] = {}
         self.unnamed: dict[tuple[int, ...], list[ir.Value]] = {}
         for path in sorted((folder / "onnx").glob("*.onnx")):
             model = load(path)
             self.packed |= {name: (model, grid) for name, grid in recorded_grids(path, model).items()}
+            self.inputs |= recorded_inputs(model)
             for name, value in model.graph.initializers.items():
                 if value.const_value is None:
                     continue
@@ -94,6 +98,9 @@ class Graphs:
             return self._dense(memory, record)
         if memory not in self.packed:
             return self._table(memory, record)
+        limits = record.limits or (None, None)
+        if self.inputs.get(memory) != (record.inputs and [*astuple(record.inputs), *limits]):
+            raise FormatError(f"{memory}: its graph rounds inputs as the manifest does not say; export again")
         model, grid = self.packed[memory]
         return read_weight(model, memory, grid)
 

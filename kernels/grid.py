@@ -72,6 +72,9 @@ class QuantizedWeight:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.grid)
+
     def dequantize(self) -> Tensor:
         """(out, in) float32: exact for 16-bit scales, whose product with a code has at most 24 significant bits."""
         return dequantize(self.codes, self.scale, self.zero)
@@ -168,7 +171,7 @@ def round_input(x: Tensor, grid: Grid, limits: Limits | None = None) -> Tensor:
     if grid.group == TENSOR:
         if limits is None:
             raise ValueError("one range for a whole input must be known beforehand; calibrate it")
-        edges = rows.new_tensor([[limits.low, limits.high]])
+        edges = torch.tensor([[limits.low, limits.high]]).to(rows.device)
         scale, zero = between(edges[:, :1], edges[:, 1:], grid, torch.float32)
         scale, zero = scale.expand(len(rows), 1), zero.expand(len(rows), 1)
     else:

@@ -1,12 +1,12 @@
 """A linear layer that computes from packed codes and never holds the full-precision weight between calls.
 
-Three ways to the same product:
+Two ways to the same product:
 
 * reference   dequantize in float32, multiply in the input's dtype: anywhere, any bits, any group;
-* fast        torch's int4 product for CPUs, after `to_fast()`, for bfloat16 inputs of a layer that `has_fast`;
-* exported    onnxruntime's MatMulNBits, while torch.onnx.export traces the layer.
+* fast        torch's int4 product for CPUs, after `to_fast()`, for bfloat16 inputs of a layer that `has_fast`.
 
-The first two round the input first, where the layer has a grid for it; the third has no operator that would.
+Both round the input first, where the layer has a grid for it. A graph for onnxruntime has a GraphLinear in its place
+(kernels/graph_linear.py).
 
 The layer holds its codes once: `to_fast()` replaces MatMulNBits' layout by torch's, `to_portable()` undoes it.
 
@@ -24,23 +24,22 @@ from vlmq.kernels.nbits import NBitsWeight
 
 FAST_BLOCKS = (32, 64, 128, 256)
 FAST_ROWS = 16  # torch's int4 layout wants a multiple of so many rows of the weight
-INT8_ACTIVATIONS = 4  # the accuracy_level at which MatMulNBits computes in int8
 
 
 class QuantizedLinear(nn.Module):
     """y (..., out) = x (..., in) W^T + bias, W on a grid, and x too where `inputs` is one.
 
     Buffers `qweight`, `scales`, `qzeros` have the shapes of kernels/nbits.py; scales keep the dtype they were solved
-    in whatever the model is cast to. `bias` is a parameter or None. `accuracy_level` only concerns the exported
-    operator: 0 multiplies in the dtype of x, 4 in int8. `limits` are those of `round_input`. ValueError where `inputs`
-    is a TENSOR grid without limits, or has groups that do not divide the columns.
+    in whatever the model is cast to. `bias` is a parameter or None. `limits` are those of `round_input`. ValueError
+    where `inputs` is a TENSOR grid without limits, or has groups that do not divide the columns.
     """
+
+    weight: None = None  # T5 asks a linear for it, to read its dtype where it is a tensor
 
     def __init__(
         self,
         packed: NBitsWeight,
         bias: Tensor | None = None,
-        accuracy_level: int = 0,
         inputs: Grid | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -55,7 +54,6 @@ class QuantizedLinear(nn.Module):
         self.block = packed.block
         self.out_features = packed.qweight.shape[0]
         self.in_features = packed.columns
-        self.accuracy_level = accuracy_level
         self.qweight: Tensor | None
         self.scales: Tensor
         self.qzeros: Tensor | None
@@ -73,29 +71,25 @@ class QuantizedLinear(nn.Module):
         cls,
         weight: QuantizedWeight,
         bias: Tensor | None = None,
-        accuracy_level: int = 0,
         inputs: Grid | None = None,
         limits: Limits | None = None,
     ) -> "QuantizedLinear":
-        return cls(nbits.pack(weight), bias, accuracy_level, inputs, limits)
+        return cls(nbits.pack(weight), bias, inputs, limits)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it was solved: the same codes, scale and zero, bit for bit."""
-        return nbits.unpack(self._packed())
+        return nbits.unpack(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+            raise ValueError("a traced reference would hold dense weights; export with vlmq.formats.onnx_graphs")
         if self.inputs is not None:
-            # torch.onnx.export tries again with a tracer that does not know of ONNX, and would take the reference
-            if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
-                raise ValueError("MatMulNBits does not round its input to a grid; export a layer without `inputs`")
             x = round_input(x, self.inputs, self.limits)
-        if torch.onnx.is_in_onnx_export():
-            product = self._exported(x)
-        elif self.int4 is not None and self.int4_scales is not None and x.dtype == torch.bfloat16:
+        if self.int4 is not None and self.int4_scales is not None and x.dtype == torch.bfloat16:
             rows = x.reshape(-1, self.in_features)
             product = _int4_product(rows, self.int4, self.block, self.int4_scales).view(*x.shape[:-1], -1)
         else:
-            return F.linear(x, nbits.dequantize(self._packed()).to(x.dtype), self.bias)
+            return F.linear(x, nbits.dequantize(self.packed).to(x.dtype), self.bias)
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
@@ -135,10 +129,12 @@ class QuantizedLinear(nn.Module):
         """Undo `to_fast()`."""
         if self.int4 is None:
             return
-        self.qweight = self._packed().qweight
+        self.qweight = self.packed.qweight
         self.int4 = self.int4_scales = None
 
-    def _packed(self) -> NBitsWeight:
+    @property
+    def packed(self) -> NBitsWeight:
+        """The weight in MatMulNBits' layout, the layer's own tensors where it holds them so."""
         qweight = self.qweight
         if qweight is None:
             # The int4 layout differs between processors; a product of the identity with scale 1 and offset 0 reads
@@ -148,25 +144,6 @@ class QuantizedLinear(nn.Module):
             columns = _int4_product(torch.eye(self.in_features).bfloat16(), self.int4, self.block, scales)
             qweight = nbits.to_bytes((columns.T + 8).to(torch.uint8), 4).view(*self.scales.shape, -1)
         return NBitsWeight(qweight, self.scales, self.qzeros, self.in_features, self.grid)
-
-    def _exported(self, x: Tensor) -> Tensor:
-        bits = nbits.CONTAINERS[self.grid.bits]
-        # Below level 4 onnxruntime's 8-bit product on a CPU is many times slower than float32: never ask for it.
-        level = max(self.accuracy_level, INT8_ACTIVATIONS) if bits == 8 else self.accuracy_level
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits",
-            (x, self.qweight, self.scales, *([] if self.qzeros is None else [self.qzeros])),
-            {
-                "K": self.in_features,
-                "N": self.out_features,
-                "bits": bits,
-                "block_size": self.block,
-                "accuracy_level": level,
-            },
-            dtype=x.dtype,
-            shape=(*x.shape[:-1], self.out_features),
-            version=1,
-        )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         self.to_portable()  # torch's int4 layout exists on a CPU only

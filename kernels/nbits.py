@@ -35,8 +35,12 @@ class NBitsWeight:
     grid: Grid
 
     @property
+    def container(self) -> int:
+        return CONTAINERS[self.grid.bits]
+
+    @property
     def block(self) -> int:
-        return self.qweight.shape[-1] * 8 // CONTAINERS[self.grid.bits]
+        return self.qweight.shape[-1] * 8 // self.container
 
 
 def block_of(grid: Grid, columns: int) -> int:

@@ -3,58 +3,58 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 
+from vlmq.exporter.progress import Progress, silent
+
 HELPS = os.environ.get("RANK", "0") != "0"  # under torchrun: the first worker says what there is to say
 
 
 @contextmanager
-def bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+def bars(as_json: bool) -> Iterator[Progress]:
     """A progress callback: a bar with its ETA for each thing under way, and the memory in use; nothing where nobody
     watches; an event in a line of JSON on stderr for programs."""
     import psutil
 
     if HELPS:
-        yield lambda what, done, of: None
+        yield silent
         return
     memory = psutil.Process().memory_info
     if as_json:
-        yield lambda what, done, of: typer.echo(
-            json.dumps({"event": "progress", "what": what, "done": done, "of": of, "resident": memory().rss}), err=True
-        )
+
+        def event(what: str, done: int, of: int, at: str = "", /) -> None:
+            said = {"event": "progress", "what": what, "done": done, "of": of, "at": at, "resident": memory().rss}
+            typer.echo(json.dumps(said), err=True)
+
+        yield event
         return
     if not sys.stderr.isatty():
-        yield lambda what, done, of: None
+        yield silent
         return
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.table import Column
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
+        parts.TextColumn("{task.description}"),
+        parts.BarColumn(bar_width=20),
+        parts.MofNCompleteColumn(),
+        parts.TimeElapsedColumn(),
+        parts.TimeRemainingColumn(),
+        parts.TextColumn("{task.fields[memory]}"),
+        parts.TextColumn("{task.fields[at]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with parts.Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def progress(what: str, done: int, of: int) -> None:
+        def progress(what: str, done: int, of: int, at: str = "", /) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of, completed=done, memory="")
-            bars.update(tasks[what], completed=done, memory=f"{memory().rss / 2**30:.2f} GiB")
+                tasks[what] = bars.add_task(what, total=of, completed=done, memory="", at="")
+            bars.update(tasks[what], completed=done, memory=f"{memory().rss / 2**30:.2f} GiB", at=at)
 
         yield progress
 

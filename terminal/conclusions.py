@@ -21,24 +21,27 @@ def print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=1))
 
 
-def conclude(verdict: "Verdict", as_json: bool) -> None:
-    """The table and the word, and exit 1 where a threshold was missed."""
-    if not as_json:
-        from vlmq.terminal.verdict import print_verdict
+def conclude(
+    folder: Path, verdict: "Verdict | None", release: "Release | None", as_json: bool, verbose: bool = False
+) -> None:
+    """What was missed, a line each; then the table and the word; and exit 1 where anything was missed.
 
-        print_verdict(verdict)
-    for miss in verdict.misses:
-        typer.echo(f"vlmq: {miss}", err=True)
-    if not verdict.ok:
-        raise typer.Exit(1)
+    Nothing is said of what was not asked for, nor of a release that is as it must be.
+    """
+    missed = False
+    if release is not None:
+        if release.why_not:
+            typer.echo(f"note: not loaded to check it: {release.why_not}", err=True)
+        if not release.ok:
+            lines = "; ".join(release.misses)
+            typer.echo(f"vlmq: {folder}: failed the release gate: {lines}; it stays there", err=True)
+            missed = True
+    if verdict is not None:
+        from vlmq.terminal.verdict import print_misses, print_verdict
 
-
-def conclude_release(folder: Path, release: "Release | None") -> None:
-    """What transformers made of an export: nothing where it is as it must be; else one line and exit 1."""
-    if release is None:
-        return
-    if release.why_not:
-        typer.echo(f"note: not loaded to check it: {release.why_not}", err=True)
-    if not release.ok:
-        typer.echo(f"vlmq: {folder}: failed the release gate: {'; '.join(release.misses)}; it stays there", err=True)
+        print_misses(verdict)
+        if not as_json:
+            print_verdict(folder, verdict, verbose)
+        missed = missed or not verdict.ok
+    if missed:
         raise typer.Exit(1)

@@ -24,9 +24,8 @@ from torch import Tensor
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.formats import compressed_tensors, manifest
 from vlmq.formats.onnx_graphs import GRIDS
-from vlmq.kernels import nbits
+from vlmq.kernels import nbits, products
 from vlmq.kernels.grid import Limits, QuantizedWeight, between
-from vlmq.kernels.nbits import NBitsWeight
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,15 @@ class Graphs:
         self.values[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def weight(self, name: str) -> QuantizedWeight:
-        bits, group, symmetric, columns, dtype = self.grids[name]
-        grid = compressed_tensors.Grid(bits, group, symmetric)
-        scales = self._array(f"{name}.scales").to(getattr(torch, dtype.removeprefix("torch.")))
-        zeros = self._array(f"{name}.qzeros") if f"{name}.qzeros" in self.values else None
-        return nbits.unpack(NBitsWeight(self._array(f"{name}.qweight"), scales, zeros, columns, grid))
+        bits, group, symmetric, columns, dtype, kind = self.grids[name]
+        tensors = {part: self._array(f"{name}.{part}") for part in products.PARTS if f"{name}.{part}" in self.values}
+        tensors["scales"] = tensors["scales"].to(getattr(torch, dtype.removeprefix("torch.")))
+        return products.unpack(tensors, kind, columns, compressed_tensors.Grid(bits, group, symmetric))
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
-        packed = nbits.pack(weight)
-        for part in ("qweight", "scales", "qzeros"):
+        for part, tensor in products.pack(nbits.pack(weight), self.grids[name][-1]).items():
             if f"{name}.{part}" in self.values:
-                self._put(f"{name}.{part}", getattr(packed, part))
+                self._put(f"{name}.{part}", tensor)
 
     def tensor(self, name: str) -> Tensor:
         return self._array(ALIASES.get(name, name))

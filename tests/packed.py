@@ -120,8 +120,8 @@ def textbook_input(x: torch.Tensor, grid: Grid, limits: Limits | None = None) ->
 
 
 def inputs(variant: str) -> dict[str, torch.Tensor]:
-    """One picture and a question about it."""
+    """One picture and a question about it, for `generate()`; a forward of an encoder-decoder needs `forward_inputs`."""
     generator = torch.Generator().manual_seed(7)
     pixels = torch.randint(0, 256, (IMAGE, IMAGE, 3), generator=generator, dtype=torch.uint8)
-    text = "question : how many ? answer :" if variant == "blip2-opt" else "user : <image> how many ? assistant :"
+    text = "question : how many ? answer :" if variant.startswith("blip2") else "user : <image> how many ? assistant :"
     return dict(processor(variant)(images=Image.fromarray(pixels.numpy()), text=text, return_tensors="pt"))

@@ -136,6 +136,13 @@ def test_what_is_not_good_is_among_the_limitations():
     assert "* It failed the release gate: transformers reports a and 0 more keys as missing." in text
 
 
+def test_graphs_that_simulate_say_for_how_many_linears():
+    linears = [{"simulated": True, "linears": 7}, {"simulated": False, "linears": 5}, {"simulated": True, "linears": 2}]
+    assert "round the inputs of 9 linears in floating point" in rendered(onnx={"accuracy_level": 0, "linears": linears})
+    assert "in floating point" not in rendered(onnx={"accuracy_level": 0, "linears": linears[1:2]})
+    assert "in floating point" not in rendered()
+
+
 def test_what_transformers_cannot_load_has_no_snippet_for_it():
     first = made().tensors["language_model.model.layers.0.mlp.up_proj"]
     tensors = {"a": first, "b": first.model_copy(update={"bits": 8, "symmetric": False})}

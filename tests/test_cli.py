@@ -78,6 +78,7 @@ def bad_inputs(folder, exported, tmp_path, images):
     rules.write_text("group_size: 32\nrules:\n- {match: mlp.gate_proj, bits: 8}\n")
     existing = tmp_path / "existing"
     existing.mkdir()
+    picture = next(images.iterdir())
     fine = ("--group-size", 32, "--calibration", images, "--samples", 4, "--no-verify")
     return {
         "no such model": (("export", tmp_path / "nowhere"), "no such folder"),
@@ -89,10 +90,6 @@ def bad_inputs(folder, exported, tmp_path, images):
         "group": (("export", folder), "64 columns do not divide into groups of 128"),
         "odd group": (("export", folder, "--group-size", 50), "a group of 50 columns"),
         "inputs of 5 bits": (("export", folder, "--activation-bits", 5), "5 bits for inputs; choose 4, 6, 8"),
-        "inputs in graphs": (
-            ("export", folder, "--method", "rtn", *fine, "--activation-bits", 8, "--format", "both"),
-            "ONNX graphs hold no activation grid; choose --format safetensors",
-        ),
         "option without a value": (("export", folder, "--option", "damp"), "--option damp: no value; write KEY=VALUE"),
         "option null": (
             ("export", folder, "--option", "threshold=null"),
@@ -122,6 +119,12 @@ def bad_inputs(folder, exported, tmp_path, images):
         "verify nothing": (("verify", text), "vlmq.json"),
         "run nothing": (("run", tmp_path / "nowhere", "--image", "x.png"), "has no config.json"),
         "run no image": (("run", folder, "--image", tmp_path / "gone.png"), "no such image"),
+        "run unpaired": (("run", folder, *["--image", picture] * 2, *["--prompt", "a"] * 3), "do not pair up"),
+        "run greedy with top-k": (("run", folder, "--image", picture, "--top-k", 5), "choose a temperature above 0"),
+        "run on a provider in torch": (
+            ("run", folder, "--image", picture, "--engine", "torch", "--provider", "cuda"),
+            "a provider is onnxruntime's",
+        ),
     }
 
 
@@ -135,7 +138,6 @@ BAD = (
     "group",
     "odd group",
     "inputs of 5 bits",
-    "inputs in graphs",
     "option without a value",
     "option null",
     "option of nothing",
@@ -153,6 +155,9 @@ BAD = (
     "verify nothing",
     "run nothing",
     "run no image",
+    "run unpaired",
+    "run greedy with top-k",
+    "run on a provider in torch",
 )
 
 
@@ -231,8 +236,29 @@ def test_progress_is_told_to_programs_as_events(vlmq, tiny_folders, tmp_path):
     _, out, err = vlmq("export", tiny_folders["blip2-opt"], *flags)
     events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert json.loads(out)["folder"] == str(tmp_path / "out")
-    assert [event["done"] for event in events] == list(range(events[0]["of"] + 1))
+    done = [event["done"] for event in events]
+    assert done == sorted(done)
+    assert set(done) == set(range(events[0]["of"] + 1))
+    at = {event["at"] for event in events}
+    packed = [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith(".weight_packed")]
+    assert {name for where in at for name in where.split(", ")} >= {name.rpartition(".")[0] for name in packed}
     assert all(event["what"] == "quantizing" and event["resident"] > 10**7 for event in events)
+
+
+def test_the_memory_of_an_export_is_told_beside_what_was_planned(vlmq, tiny_folders, tmp_path):
+    flags = (*PLAIN, "--format", "safetensors", "--json", "-o", tmp_path / "out")
+    memory = json.loads(vlmq("export", tiny_folders["blip2-opt"], *flags)[1])["memory"]
+    assert 10**8 < memory["planned"] < 10**10
+    assert 10**8 < memory["peak"] < 10**10
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(device, vlmq, tiny_folders, tmp_path):
+    code, _, err = vlmq("export", tiny_folders["blip2-opt"], *PLAIN, "--device", device, "-o", tmp_path / "out")
+    assert code == 2
+    assert err.startswith(f"vlmq: --device {device}: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--max-shard-size", "--activation-memory"])
@@ -265,7 +291,7 @@ def test_a_verdict_that_misses_its_threshold_is_exit_code_1_and_says_which(drop,
     side = Side("a folder", "onnx", 2, {"safetensors": 4, "onnx": 4}, Memory(1, 2, 3), 0.01)
     verdict = Verdict(100, 50, 4, {"overall": score}, 0.9, side, side, thresholds=thresholds.limits(4, {}))
     verdict = replace(verdict, misses=tuple(thresholds.judge(verdict)))
-    monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: verdict)
+    monkeypatch.setattr(pipeline, "verify_folder", lambda *arguments: (verdict, None))
     found, out, err = vlmq("verify", tmp_path)
     assert found == code
     assert f"{-drop:+.2f}" in out
@@ -276,7 +302,7 @@ def test_thresholds_are_numbers_by_name_and_max_drop_is_one_of_them(vlmq, monkey
     from vlmq.exporter import pipeline
     from vlmq.exporter.errors import VlmqError
 
-    def verify_folder(folder, reference, data, thresholds, progress, cache):
+    def verify_folder(folder, reference, data, thresholds, progress, cache, gate):
         raise VlmqError(f"{sorted(thresholds.items())}, {cache}")
 
     monkeypatch.setattr(pipeline, "verify_folder", verify_folder)

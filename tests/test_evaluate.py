@@ -1,5 +1,6 @@
 """A whole evaluation: ended and gone on, in both engines, with bad data, and compared with another."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,13 +13,14 @@ from test_tasks import karpathy_files, scienceqa_files, vizwiz_files, vqav2_file
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation import evaluate as evaluation
-from vlmq.exporter.evaluation import records
+from vlmq.exporter.evaluation import records, tables
 from vlmq.exporter.evaluation.comparison import compare
 from vlmq.exporter.evaluation.evaluate import Request, evaluate
 from vlmq.exporter.evaluation.records import Header, Record, Results
 from vlmq.exporter.evaluation.statistics import McNemar, mcnemar
 from vlmq.exporter.evaluation.summary import scored, summarise
 from vlmq.exporter.evaluation.tasks.registry import TASKS
+from vlmq.exporter.evaluation.tasks.task import Metric
 from vlmq.exporter.runtime import OnnxVlm, TorchVlm
 
 
@@ -384,6 +386,13 @@ def test_a_captions_difference_is_of_ciders_of_the_same_images(tmp_path, tiny_fo
     assert found.value == pytest.approx(sum(record.score for record in best.records) / 2)
     assert found.difference.points == pytest.approx(found.value - found.reference)
     assert found.mcnemar is None
+
+
+def test_a_figure_that_cannot_be_had_is_a_dash_with_its_reason_below():
+    known, lacking = Metric("BLEU-4", 0.5), Metric("SPICE", None, "not available: needs Java")
+    found = dataclasses.replace(summarise(results_of([1, 0])), task="coco", metrics=(known, lacking))
+    assert tables.summary_rows(found)[-2:] == [("BLEU-4", "", "0.5000"), ("SPICE", "", "-")]
+    assert "SPICE: not available: needs Java" in tables.summary_notes(found)
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -110,7 +110,7 @@ class Stopped(Exception):  # noqa: N818 - as a person stops a run
 
 
 def stopping_at(block):
-    def progress(what, done, of):
+    def progress(what, done, of, at=""):
         if what == "quantizing" and done >= block:
             raise Stopped
 
@@ -136,7 +136,7 @@ def test_a_run_stopped_between_blocks_goes_on_with_all_it_knew(recipe, block, ti
     with pytest.raises(Stopped):
         export(request, stopping_at(block))
     begun = []
-    export(request, lambda what, done, of: begun.append(done))
+    export(request, lambda what, done, of, at="": begun.append(done))
     assert 0 < begun[0] <= block
     assert contents(request.output) == contents(whole.output)
     assert [path.name for path in tmp_path.iterdir() if "journal" in path.name] == []

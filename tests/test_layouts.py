@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny import VARIANTS, tiny
+from tiny import DECODERS, tiny
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -208,7 +208,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 def test_transformers_and_vllm_convert_for_awq_exactly_what_is_quantized(variant, choice):
     linears = linears_of(variant)
@@ -262,7 +262,7 @@ def by_dynamic(config: dict, name: str) -> dict | None:
     return config
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("to", ["gptq", "gptq-v2"])
 def test_rules_of_gptq_give_every_linear_the_grid_it_has(variant, choice, to):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -108,7 +109,37 @@ def test_other_images_are_those_of_other_samples_and_grey_ones(random_samples):
     assert [tokens for (tokens,) in found.swapped] == [*first[1:], first[0]]
     assert found.blank == [[128]] * 5
     assert found.changed() == {"swapped": 100.0, "blank": 100.0}
+    asked = []
+    counting = SimpleNamespace(
+        generate=lambda images, *_, **__: asked.extend(images) or [Answer("", [0])] * len(images)
+    )
+    assert shown(counting, images, ["?"] * 5, 2, 4, own=[[7]] * 5).own == [[7]] * 5
+    assert len(asked) == 10  # those that are known are not asked again
     assert Shown([[1], [2]], [[1], [3]], [[1], [2]]).changed() == {"swapped": 50.0, "blank": 0.0}
+
+
+def test_what_was_answered_about_a_probe_is_what_is_compared(tiny_folders, random_samples, monkeypatch):
+    """A model that answers with the first pixel; probes in another order than the samples."""
+
+    class Pixels:
+        def generate(self, images, prompts, max_new_tokens):
+            return [Answer("", [image.getpixel((0, 0))[0]]) for image in images]
+
+        def forced_logits(self, images, prompts, answers):
+            return [np.zeros((len(tokens) + 1, 3)) for tokens in answers]
+
+        def image_features(self, images):
+            return np.zeros((len(images), 1, 2))
+
+        def next_logits(self, images, prompts):
+            return np.zeros((len(images), 3))
+
+    monkeypatch.setattr(worker, "open_vlm", lambda *_: Pixels())
+    probes = [random_samples[place] for place in (3, 0, 4)]
+    request = Request(str(tiny_folders["blip2-opt"]), "torch", list(random_samples), [], probes)
+    found = worker.work(request)
+    assert found.shown.own == [[image.getpixel((0, 0))[0]] for image in images_of(probes)]
+    assert found.lengths == [2, 2, 2]
 
 
 def test_progress_is_told_after_every_batch_up_to_the_last(measured):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import processor, tiny
+from tiny import DECODERS, processor, tiny
 
 from vlmq.exporter import modality
 from vlmq.exporter.calibration import prepare, vision_tokens
@@ -12,6 +12,12 @@ from vlmq.exporter.samples import Sample
 
 IMAGE_TOKEN = 4  # of every tiny model
 BLOCKS = {"blip2-opt": "language_model.model.decoder.layers", "llava-llama": "model.language_model.layers"}
+
+
+@pytest.fixture(params=DECODERS)
+def variant(request):
+    """Those whose prompt and answer are one sequence; test_encoder_decoder.py has the other."""
+    return request.param
 
 
 @pytest.fixture

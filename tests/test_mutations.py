@@ -6,6 +6,7 @@ as a faulty exporter's would, by what is checked against the source and by what 
 """
 
 import gc
+import json
 import shutil
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from vlmq.exporter.demo.catalog import CHECKPOINTS
 from vlmq.exporter.evaluation import verify, worker
 from vlmq.exporter.pipeline import Request, export
 from vlmq.exporter.recipe import make_recipe
-from vlmq.formats import manifest
+from vlmq.formats import genai, manifest
 from vlmq.formats.errors import FormatError
+from vlmq.formats.folder import companions, copy_companions
 
 FORMATS = ("safetensors", "onnx")
 FEW = 8  # pictures that a corrupted export is asked about; a good one is asked about MORE
@@ -108,6 +110,10 @@ def _both(demo: str, folder: Path) -> dict:
             (part / "model.safetensors").unlink()
         else:
             shutil.rmtree(part / "onnx")
+            for name in (*companions(part), genai.CONFIG):  # what readers of graphs want of them
+                (part / name).unlink()
+            config = json.loads((folder / "config.json").read_text())
+            copy_companions(CHECKPOINTS[demo], part, config["quantization_config"])
         made = manifest.read(folder)
         update = {"files": manifest.describe(part), "onnx": made.onnx if kind == "onnx" else None}
         manifest.write(part, made.model_copy(update=update))

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from graphs import exported, half, quantize
-from tiny import VARIANTS, config
+from tiny import DECODERS, config
 from transformers import AutoModelForImageTextToText
 
 from vlmq.formats.errors import FormatError
@@ -43,7 +43,7 @@ def unread(variant: str) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_the_graphs_hold_the_weights_that_were_solved_bit_for_bit(variant):
     solved = exported(variant)
     read = {}
@@ -58,14 +58,14 @@ def test_the_graphs_hold_the_weights_that_were_solved_bit_for_bit(variant):
             assert left.dtype == right.dtype, (name, field)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_every_quantized_linear_is_one_product_on_packed_codes(variant):
     nodes = [node for part in PARTS for node in graph(variant, part).graph.node if node.op_type == "MatMulNBits"]
     assert len(nodes) == len(exported(variant).weights) - len(unread(variant))
     assert {onnx.helper.get_node_attr_value(node, "accuracy_level") for node in nodes} == {0}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_inputs_and_outputs_are_named_as_readers_of_the_folder_expect(variant):
     def described(values) -> dict[str, list[str]]:
         sizes = {value.name: value.type.tensor_type.shape.dim for value in values}
@@ -89,7 +89,7 @@ def test_inputs_and_outputs_are_named_as_readers_of_the_folder_expect(variant):
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_only_tensors_below_a_kibibyte_are_inside_the_graph_file(variant):
     for part in PARTS:
         for tensor in graph(variant, part).graph.initializer:
@@ -104,8 +104,7 @@ def again(tmp_path_factory):
     model, printed = exported("blip2-opt").packed, io.StringIO()
 
     def settings() -> tuple:
-        levels = {module.accuracy_level for module in model.modules() if hasattr(module, "accuracy_level")}
-        return model.config.to_dict(), model.config._attn_implementation, levels
+        return model.config.to_dict(), model.config._attn_implementation, [*model.modules()]
 
     before = settings()
     with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings(record=True) as warned:
@@ -126,7 +125,7 @@ def test_an_export_says_nothing_and_leaves_the_model_as_it_was(again):
     assert before == after
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DECODERS)
 def test_a_graph_keeps_no_trace_of_the_machine_that_made_it(variant):
     for part in PARTS:
         model = graph(variant, part)
@@ -190,6 +189,38 @@ def test_a_sliding_window_is_in_the_graph():
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
 
 
+FUSED = {
+    ("blip2-opt", "vision_encoder"): {"SkipLayerNormalization", "BiasGelu"},
+    ("llava-llama", "decoder_model_merged"): {"FusedMatMul", "QuickGelu"},
+}
+
+
+@pytest.mark.parametrize(("variant", "part"), FUSED, ids=str)
+def test_what_onnxruntime_fuses_as_it_loads_a_graph_changes_no_output(variant, part, tmp_path):
+    path = exported(variant).folder / "onnx" / f"{part}_q4.onnx"
+    options = [onnxruntime.SessionOptions() for _ in range(2)]
+    options[0].graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options[1].optimized_model_filepath = os.fspath(tmp_path / "fused.onnx")
+    options[1].log_severity_level = 3  # that a saved graph runs on this processor alone
+    plain, fused = (
+        onnxruntime.InferenceSession(os.fspath(path), option, providers=["CPUExecutionProvider"]) for option in options
+    )
+    nodes = onnx.load(tmp_path / "fused.onnx", load_external_data=False).graph.node
+    assert {node.op_type for node in nodes} >= FUSED[variant, part]
+
+    source = np.random.default_rng(0)
+    sizes = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8}
+    feeds = {
+        value.name: source.standard_normal([sizes.get(size, size) for size in value.shape]).astype(np.float32)
+        for value in plain.get_inputs()
+    }
+    if part.startswith("decoder"):
+        feeds |= {"attention_mask": np.ones((2, 8), np.int64), "position_ids": np.tile(np.arange(5, 8), (2, 1))}
+        feeds["attention_mask"][0, :2] = 0
+    for left, right in zip(plain.run(None, feeds), fused.run(None, feeds), strict=True):
+        np.testing.assert_allclose(right, left, atol=1e-5)
+
+
 def test_weights_that_float16_holds_take_two_bytes_and_others_four():
     model = half("llava-llama")
     model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = 1 / 3
@@ -208,13 +239,24 @@ def test_a_table_stays_in_half_precision_in_memory_too():
     assert graph.initializers["model.language_model.embed_tokens.weight"].dtype == ir.DataType.FLOAT16
 
 
-@pytest.mark.parametrize(("grid", "expected"), [(Grid(5, 32), 4), (Grid(3, 32), 0)])
-def test_eight_bits_are_never_asked_for_below_int8_activations(grid, expected):
+@pytest.mark.parametrize(
+    ("grid", "level", "expected"),
+    [
+        (Grid(8, 32), 0, "SplitMatMul"),
+        (Grid(8, 32), 4, "MatMulNBits"),
+        (Grid(6, 32), 4, "SplitMatMul"),
+        (Grid(3, 32), 4, "MatMulNBits"),
+    ],
+)
+def test_a_graph_brings_the_functions_that_it_calls_and_no_others(grid, level, expected):
     model = half("llava-llama")
     model.config.vision_feature_layer = 0  # the projector alone
     quantize(model.model.multi_modal_projector, grid)
-    nodes = [node for node in trace(model, "vision_encoder", accuracy_level=0).graph if node.op_type == "MatMulNBits"]
-    assert [node.attributes["accuracy_level"].as_int() for node in nodes] == [expected, expected]
+    traced = trace(model, "vision_encoder", accuracy_level=level)
+    nodes = [node for node in traced.graph if node.domain]
+    assert [node.op_type for node in nodes] == [expected, expected]
+    assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
+    assert [name for _, name, _ in traced.functions] == [expected] * (nodes[0].domain == "vlmq")
 
 
 def test_the_file_names_say_which_container_holds_most_weights():
@@ -224,11 +266,17 @@ def test_the_file_names_say_which_container_holds_most_weights():
     assert suffix_of(model) == "_quantized"
     quantize(model.model.language_model, Grid(3, 32))
     assert suffix_of(model) == "_q4"
+    assert suffix_of(model.half()) == "_q4f16"
+    assert suffix_of(half("llava-llama").half()) == "_fp16"
 
 
 def test_models_no_graph_can_be_made_of_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(FormatError, match="load it in float32"):
-        export(half("llava-llama").half(), tmp_path)
+        export(half("llava-llama").bfloat16(), tmp_path)
+    model = half("llava-llama").half()
+    quantize(model.model.multi_modal_projector, Grid(8, 32))
+    with pytest.raises(FormatError, match="a float16 graph has no product of"):
+        export(model, tmp_path)
     model = half("llava-llama")
     model.config.vision_config.model_type = "pixtral"
     with pytest.raises(FormatError, match="no ONNX graph for a pixtral"):

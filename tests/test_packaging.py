@@ -6,7 +6,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("kernels", "formats", "exporter")
+ROOMS = ("kernels", "formats", "exporter", "terminal")
 
 
 def setuptools():

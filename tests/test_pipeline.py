@@ -97,10 +97,10 @@ def test_transformers_loads_the_export_and_gives_the_dequantized_model_s_tokens(
 def test_asking_about_a_picture_gives_the_same_answer_in_both_engines(exported, random_samples):
     _variant, _source, folder = exported
     image = random_samples[0].image
-    for prompt in ("what is the colour of the circle?", None):
-        onnx, torch_ = (ask(folder, image, prompt, engine, max_new_tokens=6) for engine in ("onnx", "torch"))
+    for prompts in (["what is the colour of the circle?"], []):
+        onnx, torch_ = (ask(folder, [image], prompts, engine, max_new_tokens=6) for engine in ("onnx", "torch"))
         assert onnx == torch_
-        assert onnx.tokens
+        assert onnx[0].tokens
 
 
 def test_onnxruntime_gives_the_dequantized_model_s_tokens(exported):

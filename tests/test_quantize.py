@@ -1,11 +1,13 @@
 import pytest
 import tiny
 import torch
+from elsewhere import a_device_elsewhere
 from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter import ends, folds
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.quantize import needs_reference, quantize
 from vlmq.exporter.recipe import make_recipe
@@ -36,7 +38,7 @@ RECIPES = {
 WEIGHT_ONLY = ("rtn", "awq", "gptq")
 
 
-def run(folder, variant, samples, watch=lambda model: None, **recipe):
+def run(folder, variant, samples, watch=lambda model: None, device=CPU, **recipe):
     """Quantize a tiny checkpoint: what came out, and the calibration with what every stage put out."""
     checkpoint = open_checkpoint(str(folder))
     model = checkpoint.skeleton()
@@ -48,7 +50,7 @@ def run(folder, variant, samples, watch=lambda model: None, **recipe):
         batches = prepare(samples, tiny.processor(variant), checkpoint.family)
         calibration = Calibration(model, batches, needs_reference(assignment))
     blocks = []
-    for block in quantize(checkpoint, model, found, assignment, calibration):
+    for block in quantize(checkpoint, model, found, assignment, calibration, device=device):
         watch(model)
         blocks.append(block)
     return blocks, calibration
@@ -83,12 +85,38 @@ def test_every_block_saw_what_the_whole_quantized_model_gives_it(recipe, variant
     caught = {}
     for stage, _ in calibration.played:
         model.get_submodule(stage[-1].name).register_forward_hook(
-            lambda module, args, output, name=stage[-1].name: caught.__setitem__(name, output)
+            lambda module, args, output, name=stage[-1].name: caught.__setitem__(
+                name, output[0] if isinstance(output, tuple) else output
+            )
         )
     for index, batch in enumerate(calibration.batches):
         model(**batch)
         for stage, outputs in calibration.played:
             torch.testing.assert_close(outputs[index].read(), caught[stage[-1].name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_blocks_that_are_solved_on_another_device_come_back_as_those_solved_here(
+    recipe, variant, tiny_folders, random_samples
+):
+    """Alike but for the last bits of products: these may decide between candidates that err by as much."""
+    here, _ = run(tiny_folders[variant], variant, random_samples, **RECIPES[recipe])
+    with a_device_elsewhere() as device:
+        there, _ = run(tiny_folders[variant], variant, random_samples, device=device, **RECIPES[recipe])
+    found, back = sites(here), sites(there)
+    assert found.keys() == back.keys()
+    for name, solved in found.items():
+        weight, fold = back[name].weight, back[name].fold
+        tensors = (weight.codes, weight.scale, weight.zero, *([] if fold is None else [fold]))
+        assert all(type(tensor) is torch.Tensor for tensor in tensors)  # in the processor's memory
+        assert 0.4 < back[name].loss / solved.loss < 2.5
+        if solved.scheme.method in ("uniform", "rtn"):  # which look at no input
+            assert torch.equal(weight.codes, solved.weight.codes)
+    for one, other in zip(here, there, strict=True):
+        assert one.changed.keys() == other.changed.keys()
+        assert all(type(tensor) is torch.Tensor for tensor in other.changed.values())
 
 
 def test_awq_leaves_a_smaller_error_than_rtn_at_every_component(variant, tiny_folders, random_samples):
@@ -205,7 +233,9 @@ def test_the_reference_runs_alongside_on_what_the_full_precision_model_computes(
     caught = {}
     for stage, _ in calibration.reference_played:
         model.get_submodule(stage[-1].name).register_forward_hook(
-            lambda module, args, output, name=stage[-1].name: caught.__setitem__(name, output)
+            lambda module, args, output, name=stage[-1].name: caught.__setitem__(
+                name, output[0] if isinstance(output, tuple) else output
+            )
         )
     for index, batch in enumerate(calibration.batches):
         model(**batch)

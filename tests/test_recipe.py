@@ -6,7 +6,7 @@ import yaml
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import family_of
-from vlmq.exporter.recipe import Recipe, make_recipe, read_recipe, refuse_for_format
+from vlmq.exporter.recipe import Recipe, make_recipe, read_recipe
 from vlmq.exporter.scheme import Options
 from vlmq.exporter.walk import Block, Input, Site, Walk, walk
 from vlmq.kernels.grid import ROW, TENSOR, Grid
@@ -306,15 +306,6 @@ def test_act_order_needs_no_static_groups_where_there_is_one_group_or_another_me
     assign(found, method="gptq", group_size="row", options={"static_groups": False})
     assign(found, method="rtn", options={"static_groups": False})
     assign(found, method="gptq", options={"static_groups": False, "act_order": False})
-
-
-def test_rounded_inputs_are_refused_for_graphs_that_cannot_hold_them(found):
-    rounded = assign(found, rules=[{"match": "fc2", "component": "language", "activations": {"bits": 8}}])
-    refuse_for_format(rounded, "safetensors")
-    refuse_for_format(assign(found), "both")
-    for formats in ("onnx", "both"):
-        with pytest.raises(VlmqError, match=f"^{FC2}: ONNX graphs hold no activation grid; choose --format safetens"):
-            refuse_for_format(rounded, formats)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,15 @@ import pytest
 import torch
 from packed import packed_folder
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter import pipeline, release
+from vlmq.exporter.evaluation.measure import Memory
+from vlmq.exporter.evaluation.thresholds import limits
+from vlmq.exporter.evaluation.verify import Side, Verdict
 from vlmq.exporter.pipeline import Request
 from vlmq.exporter.recipe import make_recipe
-from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats import card, compressed_tensors, manifest
 from vlmq.formats.errors import FormatError
 from vlmq.kernels.grid import ROW, Grid, Limits
 
@@ -48,7 +52,7 @@ def test_a_mixed_blip2_passes_unpacked_by_the_line_that_people_are_told(good):
 
 
 def test_one_grid_passes_as_it_is_loaded_and_generating_first(tmp_path):
-    for variant, symmetric in (("blip2-opt", False), ("llava-qwen2", True)):
+    for variant, symmetric in (("blip2-opt", False), ("blip2-t5", True), ("llava-qwen2", True)):
         packed_folder(variant, tmp_path / variant, lambda name, symmetric=symmetric: Grid(4, 32, symmetric))
         found = release.check(tmp_path / variant)
         assert found.ok, found.misses
@@ -147,6 +151,17 @@ def test_what_transformers_cannot_load_is_said(tmp_path):
     assert found.why_not.startswith("transformers cannot load several grids of which some are asymmetric")
 
 
+@pytest.mark.parametrize(("choose", "inputs"), [(mixed, None), (lambda name: Grid(4, 32), Grid(8, ROW))])
+def test_a_t5_of_several_grids_or_rounded_inputs_is_said_to_be_ours_alone_to_load(choose, inputs, tmp_path):
+    folder = tmp_path / "out"
+    packed_folder("blip2-t5", folder, choose, inputs=inputs)
+    found = release.check(folder)
+    assert found.ok
+    assert found.why_not == "transformers cannot load a T5 with several grids or rounded inputs; vlmq's own load() does"
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'weight'"):  # and this is what it says
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
 def test_what_was_found_holds_for_the_files_it_was_found_for(good, tmp_path):
     folder = shutil.copytree(good, tmp_path / "out")
     release.check(folder)
@@ -186,3 +201,24 @@ def test_an_export_is_gated_unless_it_is_asked_not_to_be(tiny_folders, tmp_path)
     assert made.release.ok
     assert made.release.keys == {"missing": [], "unexpected": [], "mismatched": []}
     assert torch.isfinite(torch.tensor(list(made.release.largest.values()))).all()
+
+
+def test_after_a_verdict_and_the_gate_the_card_is_written_once_with_what_both_found(
+    good, tiny_folders, pictures, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(good, tmp_path / "out")
+    side = Side(folder.name, "torch", 1, {"safetensors": 4, "onnx": 0}, Memory(1, 2, 3), 0.01)
+    verdict = Verdict(12, 12, 4, {}, 0.9, side, side, thresholds=limits(4, {}))
+    monkeypatch.setattr(pipeline, "verify", lambda *_, **__: verdict)
+    written, write = [], card.write
+    monkeypatch.setattr(card, "write", lambda *arguments: written.append(write(*arguments)))
+    found, release_found = pipeline.verify_folder(folder, str(tiny_folders["blip2-opt"]), str(pictures))
+    assert found.samples == 12
+    assert release_found.ok
+    assert len(written) == 1
+    text = written[0].read_text()
+    assert "90.0 %" in text
+    assert "transformers has not been asked" not in text
+    _, release_found = pipeline.verify_folder(folder, str(tiny_folders["blip2-opt"]), str(pictures), gate=False)
+    assert release_found is None
+    assert len(written) == 2

@@ -28,6 +28,14 @@ from vlmq.formats.folder import copy_companions
 from vlmq.formats.shards import SafetensorsWriter
 
 BOTH = ("vision", "language")
+
+
+@pytest.fixture(params=tiny.DECODERS)
+def variant(request):
+    """A family with a stream that can be rotated."""
+    return request.param
+
+
 both = pytest.mark.parametrize("components", [("vision",), ("language",), BOTH])
 demos = pytest.mark.parametrize("name", CHECKPOINTS)
 
@@ -188,6 +196,17 @@ def test_a_norm_that_cannot_be_folded_is_refused(tiny_folders, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(VlmqError, match=r"final_layer_norm.weight: is 0 where .*bias is not"):
         rotate(open_checkpoint(str(folder)), ["language"]).model()
+
+
+def test_the_language_of_an_encoder_decoder_is_refused_and_its_vision_is_not(tiny_folders):
+    checkpoint = open_checkpoint(str(tiny_folders["blip2-t5"]))
+    with pytest.raises(
+        VlmqError, match="the language of this blip-2 has no residual stream that can be rotated; leave"
+    ):
+        rotate(checkpoint, ["language"])
+    found, expected = rotate(checkpoint, ["vision"]).model(), checkpoint.model()
+    asked = tiny.forward_inputs("blip2-t5", inputs("blip2-t5"))
+    torch.testing.assert_close(found(**asked).logits, expected(**asked).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_the_connector_is_refused(variant, tiny_folders):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tiny import VARIANTS, processor
 from transformers import AutoProcessor
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.runtime import OnnxVlm, TorchVlm
+from vlmq.exporter.inference.sessions import Continuation
+from vlmq.exporter.runtime import GREEDY, OnnxVlm, Sampling, TorchVlm
 
 STEPS = 10
 
@@ -68,7 +70,7 @@ def test_pytorch_answers_with_the_tokens_of_transformers_generate(models):
         inputs = processor(variant)(images=picture, text=prompt, return_tensors="pt")
         with torch.no_grad():
             tokens = dense.model.generate(**inputs, do_sample=False, max_new_tokens=STEPS)
-        new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        new = tokens[0, 1 if variant == "blip2-t5" else inputs["input_ids"].shape[1] :].tolist()
         assert answer.tokens == (new[: new.index(2)] if 2 in new else new)
 
 
@@ -117,3 +119,57 @@ print(json.dumps([answer.tokens for answer in answers]))
 def test_a_folder_without_graphs_is_refused(tmp_path, tiny_folders):
     with pytest.raises(VlmqError, match=r"no vision_encoder\*\.onnx"):
         OnnxVlm(tiny_folders["llava-llama"])
+
+
+DRAWN = Sampling(temperature=2.0, top_k=20, top_p=0.98, seed=7)
+
+
+def test_drawn_tokens_are_the_same_for_a_seed_in_both_engines_and_in_any_batch(models):
+    variant, graphs, packed, _ = models
+    drawn = graphs.generate(pictures(), prompts(variant), STEPS, DRAWN)
+    assert drawn == packed.generate(pictures(), prompts(variant), STEPS, DRAWN)
+    assert drawn != graphs.generate(pictures(), prompts(variant), STEPS)
+    for place, (picture, prompt) in enumerate(zip(pictures(), prompts(variant), strict=True)):
+        alone = replace(DRAWN, seed=DRAWN.seed + place)
+        assert graphs.generate([picture], [prompt], STEPS, alone) == [drawn[place]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_what_is_streamed_is_what_is_answered(models, sampling):
+    variant, graphs, packed, _ = models
+    asked = pictures(), prompts(variant), STEPS, sampling
+    for model in (graphs, packed):
+        pieces = list(model.stream(*asked))
+        for place, answer in enumerate(model.generate(*asked)):
+            own = [piece for piece in pieces if piece.place == place]
+            assert "".join(piece.text for piece in own) == answer.text
+            assert [piece.token for piece in own] == [*answer.tokens, None]
+
+
+def test_tokens_come_before_the_answer_is_over(models, monkeypatch):
+    variant, graphs, _, _ = models
+    steps = []
+    say = Continuation.say
+    monkeypatch.setattr(Continuation, "say", lambda self, embeds: steps.append(1) or say(self, embeds))
+    first = next(graphs.stream(pictures()[:1], prompts(variant)[:1], STEPS))
+    assert (first.place, steps) == (0, [])
+
+
+def test_an_error_while_pytorch_streams_is_told(models):
+    variant, _, packed, _ = models
+    broken = TorchVlm(packed.model, packed.processor)
+    broken.stop = {"no token"}
+    with pytest.raises((TypeError, ValueError), match="str"):
+        list(broken.stream(pictures()[:1], prompts(variant)[:1], STEPS))
+
+
+def test_a_provider_that_is_not_here_is_one_line():
+    folder = exported("llava-llama").folder
+    if "CUDAExecutionProvider" in OnnxVlm(folder).decoder.get_providers() or torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code = f"from vlmq.exporter.runtime import OnnxVlm; OnnxVlm({str(folder)!r}, provider='cuda')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert lines[-1].endswith("choose --provider cpu")
+    assert lines[-1].startswith("vlmq.exporter.errors.VlmqError: cuda: onnxruntime cannot use it here")
+    assert not any("onnxruntime::" in line for line in lines)  # nothing of its own beside ours

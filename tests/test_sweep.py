@@ -23,7 +23,7 @@ from vlmq.exporter.search.grid import Configuration, configurations, read_grid
 from vlmq.exporter.search.pieces import canonical, plan
 from vlmq.exporter.search.scores import read_scores
 from vlmq.exporter.search.sweep_plots import front
-from vlmq.exporter.search.tasks import divergences, log_softmax
+from vlmq.exporter.search.tasks import asked_of, divergences, log_softmax
 from vlmq.exporter.walk import walk
 
 FAMILIES = ("blip2-opt", "llava-llama")
@@ -107,7 +107,7 @@ def test_a_composition_has_of_every_component_its_piece_and_nothing_of_those_bef
 
 def test_in_sequence_each_component_is_calibrated_on_what_the_quantized_ones_put_out(bench, random_samples):
     made = bench("blip2-opt")
-    asked = made.ask("vqa", random_samples)
+    asked = made.ask("vqa", asked_of("vqa", random_samples))
     recipe = {"method": "gptq", "bits": 2, **BASE}
     pieces = pieces_of(made.checkpoint.folder, recipe)
     for piece in pieces.values():
@@ -134,7 +134,7 @@ def test_scores_are_what_asking_one_prompt_at_a_time_gives(bench, variant, rando
         type(sample)(sample.id, sample.image, "question", sample.text, (answer.text,) if number % 3 else ("w9",))
         for number, (sample, answer) in enumerate(zip(random_samples, said, strict=True))
     )
-    asked = made.ask("vqa", answered)
+    asked = made.ask("vqa", asked_of("vqa", answered))
     found = made.score((), asked)
     expected = [vqa.accuracy(answer.text, sample.answers) for answer, sample in zip(said, answered, strict=True)]
     assert found["accuracy"] == pytest.approx(100 * sum(expected) / len(expected))

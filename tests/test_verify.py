@@ -5,9 +5,11 @@ import html
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from vlmq.exporter.errors import VlmqError
@@ -21,6 +23,7 @@ from vlmq.exporter.samples import Sample
 from vlmq.formats import manifest
 from vlmq.formats.errors import FormatError
 from vlmq.kernels.grid import Grid
+from vlmq.terminal.conclusions import conclude
 
 SHOWN = Shown(own=[[1], [2]], swapped=[[2], [1]], blank=[[1], [3]])
 
@@ -264,7 +267,11 @@ def test_a_reference_is_measured_once_for_the_same_samples(samples, folders, mod
     first = verify.verify(export, reference, samples, cache=tmp_path / "cache")
     again = verify.verify(export, reference, samples, cache=tmp_path / "cache")
     assert [call[0] for call in models[1]].count("reference") == 1
-    assert again == first
+    assert again.accuracy == first.accuracy
+    assert again.likeness["onnx"].divergence == first.likeness["onnx"].divergence
+    assert first.likeness["onnx"].faster
+    assert (again.likeness["onnx"].faster, again.reference.speed) == ({}, None)  # times of two runs are no pair
+    assert not any("time" in row.label for row in report.rows(again))
     other = [dataclasses.replace(samples[0], text="why?"), *samples[1:]]
     verify.verify(export, reference, other, cache=tmp_path / "cache")
     (reference / "model.safetensors").write_bytes(bytes(901))
@@ -332,6 +339,85 @@ def test_the_table_says_what_the_verdict_says(samples, folders, models):
     assert table["time per answer (torch / onnx)"].reference == "20.0 ms"  # the median
     assert table["time per answer (torch / onnx)"].difference == "1.00 x faster"
     assert table["further tokens (torch / torch)"].export == "500 a second"
+
+
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What a person sees of a verdict on a terminal of so many columns: exit code, lines of stdout, stderr."""
+
+    def show(verdict, columns=80, verbose=False, folder="export"):
+        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(columns)}.items():
+            monkeypatch.setenv(name, value)
+        code = 0
+        try:
+            conclude(Path(folder), verdict, None, False, verbose)
+        except typer.Exit as end:
+            code = end.exit_code
+        said = capsys.readouterr()
+        return code, [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in said.out.splitlines()], said.err
+
+    return show
+
+
+def test_a_terminal_shows_the_rows_that_decide_each_on_one_line_of_eighty_columns(samples, folders, models, shown):
+    reference, export = folders
+    describe(export, bits=(4,))
+    verdict = verify.verify(export, reference, samples)
+    _, lines, _ = shown(verdict)
+    assert max(map(len, lines[:-3])) <= 80  # below the table is prose, which a terminal wraps
+    table = {re.split(r"  +", line.strip())[0]: re.split(r"  +", line.strip())[1:] for line in lines if line.strip()}
+    assert table["accuracy, overall (4)"] == ["75.00 %", "75.00 %", "+0.00 (-50.00 to +50.00)"]
+    assert table["divergence, nats a token"] == ["0.0000", "at most 0.1"]
+    assert table["least cosine, connector"] == ["0.6000", "at least 0.85"]
+    assert table["changed by blank images"] == ["50.0 %", "50.0 %", "+0.0"]
+    assert table["weights on disk"] == ["0.0 MB", "0.0 MB", "2.25 x smaller"]  # the graphs', which are run
+    assert table["time per answer"] == ["20.0 ms", "20.0 ms", "1.00 x faster"]
+    assert len(lines) <= 22
+    _, every, _ = shown(verdict, columns=120, verbose=True)
+    labels = [row.label for row in report.rows(verdict)]
+    assert all(any(line.strip().startswith(label) for line in every) for label in labels)
+    assert len(labels) > 25
+
+
+def test_misses_are_told_one_a_line_with_exit_code_1_and_many_of_a_kind_are_counted(samples, folders, models, shown):
+    reference, export = folders
+    describe(export, bits=(4,))
+    verdict = verify.verify(export, reference, samples)
+    many = [f"tensors: layer{place}: not what the source has" for place in range(9)]
+    code, lines, err = shown(dataclasses.replace(verdict, misses=(*many, *verdict.misses)))
+    told = err.splitlines()
+    assert code == 1
+    assert [line for line in told if "tensors" in line] == [
+        "vlmq: tensors: layer0: not what the source has",
+        "vlmq: tensors: layer1: not what the source has",
+        "vlmq: tensors: and 7 more, all in report.json",
+    ]
+    assert {line.split(": ")[1] for line in told} == {"tensors", "cosine-vision", "cosine-connector"}
+    assert any("failed, 12 missed" in line for line in lines)
+    code, lines, err = shown(dataclasses.replace(verdict, misses=()))
+    assert (code, err) == (0, "")
+    assert any(line.startswith("ok: ") for line in lines)
+
+
+def test_an_export_of_which_no_engine_runs_still_has_its_misses_told(samples, folders, models, shown):
+    reference, export = folders
+    describe(export, bits=(4,))
+    for engine in ("onnx", "torch"):
+        models[0]["export", engine] = VlmqError("its graph is broken")
+    code, _, err = shown(verify.verify(export, reference, samples))
+    assert (code, err) == (1, "vlmq: runs: its graph is broken\n" * 2)
+
+
+def test_components_are_compared_with_the_references_on_disk(samples, folders, models, monkeypatch):
+    reference, export = folders
+    describe(export, bits=(4,))
+    sizes = {"onnx": {"vision": 2 * 10**6, "other": 10**6}}
+    audited = Audit(disk=sizes, source_disk={"vision": 8 * 10**6})
+    monkeypatch.setattr(verify, "audit", lambda folder, reference: audited)
+    table = {row.label: row for row in report.rows(verify.verify(export, reference, samples))}
+    vision = table["of these vision (onnx)"]
+    assert (vision.reference, vision.export, vision.difference) == ("8.0 MB", "2.0 MB", "4.00 x smaller")
+    assert table["of these other (onnx)"].reference == ""
 
 
 def test_the_report_is_json_and_has_everything(samples, folders, models):

@@ -52,7 +52,7 @@ def test_linears_said_to_share_an_input_do_and_no_others_do(variant):
     text = family_of(model.config).question.format("what is the colour of the circle?")
     inputs = processor(images=Image.effect_noise((20, 20), 80).convert("RGB"), text=text, return_tensors="pt")
     with torch.no_grad():
-        model(**inputs)
+        model(**tiny.forward_inputs(variant, inputs))
     assert set(arrived) == {site.name for site in found.sites}  # so no dead block is among the sites
     for block in found.blocks:
         for entry in block.inputs:

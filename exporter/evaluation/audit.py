@@ -19,7 +19,7 @@ from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.evaluation.distance import Distance
 from vlmq.exporter.evaluation.expected import Expected, Fault, expected_of
 from vlmq.exporter.evaluation.tensors import Tensors
-from vlmq.formats import manifest
+from vlmq.formats import manifest, transformers_js
 from vlmq.formats.errors import FormatError
 from vlmq.formats.folder import companions, config_of
 from vlmq.formats.stored import Graphs, Safetensors, Stored
@@ -34,6 +34,7 @@ class Audit:
     blocks: dict[str, str] = field(default_factory=dict)  # name of a linear on disk to the block it is in
     compared: dict[str, int] = field(default_factory=dict)  # tensors of the source found again, by format
     disk: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by format and component
+    source_disk: dict[str, int] = field(default_factory=dict)  # the source's bytes by component
 
 
 def audit(folder: Path, reference: Path) -> Audit:
@@ -44,7 +45,7 @@ def audit(folder: Path, reference: Path) -> Audit:
     expected = expected_of(folder, reference)
     faults = [*_files(folder), *_companions(folder, expected.source), *_recipe(expected)]
     blocks = {expected.disk(site.name): block.name for block in expected.walk.blocks for site in block.sites}
-    found = Audit(blocks=blocks)
+    found = Audit(blocks=blocks, source_disk=expected.source_sizes())
     for stored in _formats(folder, expected):
         tensors = Tensors(expected, stored)
         try:
@@ -77,20 +78,28 @@ def _formats(folder: Path, expected: Expected) -> Iterator[Stored]:
 
 
 def _companions(folder: Path, source: Checkpoint) -> Iterator[Fault]:
-    """Tokenizer, image processor, generation defaults and configuration are the source's."""
-    for name in companions(source.folder):
+    """Tokenizer, image processor, generation defaults and configuration are the source's, or what an export makes of
+    them for the readers of its graphs."""
+    wanted = config_of(source.folder, source.changes)
+    made = {}
+    with suppress(FormatError):  # graphs that are not there `_files` has missed already
+        if (folder / "onnx").is_dir():
+            made = transformers_js.additions(source.folder, wanted, folder / "onnx")
+    wanted = made.pop("config.json", wanted)
+    expected = {name: (source.folder / name).read_bytes() for name in companions(source.folder)}
+    expected |= {name: transformers_js.as_text(content).encode() for name, content in made.items()}
+    for name, content in expected.items():
         copy = folder / name
         if not copy.is_file():
             yield Fault("companions", f"{copy}: absent, but the reference has it; export the model again")
-        elif copy.read_bytes() != (source.folder / name).read_bytes():
+        elif copy.read_bytes() != content:
             yield Fault("companions", f"{copy}: not what the reference has under this name; export the model again")
-    for name in sorted(set(companions(folder)) - set(companions(source.folder))):
+    for name in sorted(set(companions(folder)) - set(expected)):
         yield Fault("companions", f"{folder / name}: the reference has none; export the model again")
     if not (folder / "config.json").is_file():
         return  # which `_files` has said already
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     said.pop("quantization_config", None)
-    wanted = config_of(source.folder, source.changes)
     differing = sorted(key for key in said.keys() | wanted.keys() if said.get(key) != wanted.get(key))
     if differing:
         yield Fault("companions", f"{folder / 'config.json'}: {differing[0]} is not what the reference has")

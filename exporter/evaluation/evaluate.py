@@ -25,7 +25,7 @@ from vlmq.exporter.evaluation.summary import scored
 from vlmq.exporter.evaluation.tasks.registry import task_of
 from vlmq.exporter.evaluation.tasks.task import Asked, Task
 from vlmq.exporter.images import open_image
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.runtime import Engine, OnnxVlm, TorchVlm, engine_of, open_vlm
 from vlmq.exporter.samples import IMAGE_MARK, Templates, prompt_of
 
@@ -52,7 +52,7 @@ class Request:
     fresh: bool = False
 
 
-def evaluate(request: Request, progress: Progress = lambda what, done, of: None) -> Results:
+def evaluate(request: Request, progress: Progress = silent) -> Results:
     """Answers and scores of every sample, which `request.out` holds too.
 
     VlmqError for data that cannot be used, a model that cannot be run, and a file with answers of another run.

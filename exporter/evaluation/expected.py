@@ -13,6 +13,7 @@ from vlmq.exporter.rotation import rotate
 from vlmq.exporter.walk import Walk
 from vlmq.formats import manifest
 from vlmq.formats.manifest import Manifest, TensorRecord
+from vlmq.formats.shards import headers
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Expected:
             said = place.name if disk else name
             found[said.rpartition(".")[0] or said] = component_of(name)
         return found
+
+    def source_sizes(self) -> dict[str, int]:
+        """The bytes of the source's tensors by component."""
+        of = {place.name: component_of(name) for name, place in self.source.places.items()}
+        sizes: dict[str, int] = {}
+        for name, header in headers(self.source.folder).items():
+            if name in of:
+                sizes[of[name]] = sizes.get(of[name], 0) + header.bytes
+        return sizes
 
 
 def expected_of(folder: Path, reference: Path) -> Expected:

@@ -29,6 +29,8 @@ def accuracy(verdict: Verdict) -> Figure | None:
     _finish(left, "Accuracy against weights on disk", "MB", "accuracy, %")
     _lines(right, verdict, before.memory.peak / 1e6, after.memory.peak / 1e6)
     _finish(right, "Accuracy against the process at its peak", "MB", "")
+    low, high = left.get_ylim()
+    left.set_ylim(max(0, low), min(high, 101))  # percent
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure

@@ -6,7 +6,8 @@ Drawing the table is the command line's work.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from vlmq.exporter.evaluation.likeness import Likeness
@@ -18,14 +19,18 @@ REPORT = "report.json"
 PAGE = "report.html"
 
 
+SAME_NAME = 2  # misses of one name that are told one by one
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; what does not apply is empty."""
+    """One line of the table; what does not apply is empty. threshold: the name of the one it is judged by."""
 
     label: str
     reference: str = ""
     export: str = ""
     difference: str = ""
+    threshold: str = ""
 
 
 def rows(verdict: Verdict) -> list[Row]:
@@ -40,6 +45,61 @@ def rows(verdict: Verdict) -> list[Row]:
     ]
     takes = [row for side in _sides(verdict) for row in (*_memory(verdict.reference, side), *_times(verdict, side))]
     return [*answered, *alike, *weights, *_sizes(verdict), *takes]
+
+
+def brief(verdict: Verdict) -> list[Row]:
+    """The rows that decide, of the engine that the folder is meant for, or of the other where that one failed."""
+    shown = [_accuracy(kind, score) for kind, score in verdict.accuracy.items()]
+    shown[:1] = [replace(row, threshold="max-drop") for row in shown[:1]]
+    if verdict.export is not None:
+        shown.append(Row("same greedy tokens", export=f"{100 * verdict.token_agreement:.1f} %", threshold="tokens"))
+    side = next(iter(_sides(verdict)), None)
+    if side is None:
+        return shown
+    if side.engine in verdict.likeness:
+        shown += _closely(verdict, verdict.likeness[side.engine])
+    kind = "onnx" if side.engine == "onnx" else "safetensors"
+    takes = [
+        _smaller("weights on disk", verdict.reference.disk["safetensors"], side.disk[kind]),
+        *_memory(verdict.reference, side)[::2],
+        *_times(verdict, side)[:2],
+    ]
+    return shown + [replace(row, label=row.label.partition(" (")[0]) for row in takes]
+
+
+def _closely(verdict: Verdict, found: Likeness) -> list[Row]:
+    """Divergence, the least cosine, and what other images change, each beside what is demanded."""
+
+    def demanded(name: str) -> str:
+        limit, threshold = verdict.thresholds.get(name), THRESHOLDS[name]
+        return "" if limit is None else f"at {'most' if threshold.at_most else 'least'} {limit:g}"
+
+    kl = f"{found.divergence.kl:.4f}"
+    rows = [Row("divergence, nats a token", export=kl, difference=demanded("kl"), threshold="kl")]
+    if found.cosine:
+        least = min(found.cosine, key=lambda component: found.cosine[component])
+        name, value = f"cosine-{least}", f"{found.cosine[least]:.4f}"
+        rows.append(Row(f"least cosine, {least}", export=value, difference=demanded(name), threshold=name))
+    for shown, (before, after) in found.sensitivity.items():
+        change = f"{after - before:+.1f}"
+        rows.append(Row(f"changed by {shown} images", f"{before:.1f} %", f"{after:.1f} %", change, "sensitivity"))
+    return rows
+
+
+def misses(verdict: Verdict) -> list[str]:
+    """A line for each miss; of many under one name the first few, and how many more."""
+    lines = []
+    for name, members in groupby(sorted(verdict.misses, key=_name), _name):
+        of = list(members)
+        few = of if len(of) <= SAME_NAME + 1 else of[:SAME_NAME]
+        lines += few
+        if len(few) < len(of):
+            lines.append(f"{name}: and {len(of) - len(few)} more, all in {REPORT}")
+    return lines
+
+
+def _name(miss: str) -> str:
+    return miss.partition(":")[0]
 
 
 def criterion(verdict: Verdict) -> str:
@@ -97,7 +157,9 @@ def _sizes(verdict: Verdict) -> list[Row]:
     whole = verdict.export.disk if verdict.export else {}
     disk = [_smaller(f"weights on disk, {kind}", source, size) for kind, size in whole.items() if size]
     parts = [
-        Row(f"of these {component} ({kind})", export=megabytes(size))
+        _smaller(f"of these {component} ({kind})", verdict.source_disk[component], size)
+        if component in verdict.source_disk
+        else Row(f"of these {component} ({kind})", export=megabytes(size))
         for kind, sizes in verdict.disk.items()
         for component, size in sorted(sizes.items())
     ]

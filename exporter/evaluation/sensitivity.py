@@ -37,9 +37,14 @@ def _changed(own: Sequence[list[int]], other: Sequence[list[int]]) -> float:
 
 
 def shown(
-    vlm: Vlm, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int, max_new_tokens: int
+    vlm: Vlm,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    own: list[list[int]] | None = None,
 ) -> Shown:
-    """Images that are all different."""
+    """Images that are all different. own: the answers about them, where they are known."""
 
     def answers(pictures: Sequence[Image.Image]) -> list[list[int]]:
         found: list[list[int]] = []
@@ -50,4 +55,5 @@ def shown(
         return found
 
     swapped = answers([*images[1:], images[0]]) if len(images) > 1 else []
-    return Shown(answers(images), swapped, answers([Image.new("RGB", image.size, GREY) for image in images]))
+    own = answers(images) if own is None else own
+    return Shown(own, swapped, answers([Image.new("RGB", image.size, GREY) for image in images]))

@@ -20,14 +20,15 @@ def summary_rows(found: Summary) -> list[Row]:
         (_label(found.metric, group.name), f"{group.samples}", unit.format(group.value)) for group in found.groups
     ]
     for metric in found.metrics:
-        value = metric.note if metric.value is None else _unit(metric.is_share).format(metric.value)
+        value = "-" if metric.value is None else _unit(metric.is_share).format(metric.value)
         rows.append((metric.name, "", value))
     return rows
 
 
 def summary_notes(found: Summary) -> list[str]:
-    """What is odd about the answers."""
-    return in_words(found.odd, task_of(found.task))
+    """What is odd about the answers, and why a figure is not there."""
+    absent = [f"{metric.name}: {metric.note}" for metric in found.metrics if metric.value is None]
+    return [*in_words(found.odd, task_of(found.task)), *absent]
 
 
 def comparison_rows(found: Comparison) -> list[Row]:

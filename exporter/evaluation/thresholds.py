@@ -100,7 +100,7 @@ def judge(verdict: Verdict) -> Iterator[str]:
 def measured(verdict: Verdict) -> Iterator[tuple[str, str, float]]:
     """Every value that has a threshold: its name, where it was measured, the value."""
     if verdict.accuracy:
-        drop = -verdict.accuracy["overall"].difference.points
+        drop = 0.0 - verdict.accuracy["overall"].difference.points  # no minus before a zero
         yield "max-drop", "", drop
     if verdict.export is not None:
         yield "tokens", "", 100 * verdict.token_agreement

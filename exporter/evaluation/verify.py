@@ -65,6 +65,7 @@ class Verdict:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)  # format -> block -> steps its weights are off
     compared: dict[str, int] = field(default_factory=dict)  # tensors of the source found again, by format
     disk: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes by format and component
+    source_disk: dict[str, int] = field(default_factory=dict)  # the reference's bytes by component
     thresholds: thresholds.Limits = field(default_factory=dict)
     misses: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
@@ -87,14 +88,14 @@ def verify(
 
     Samples with annotated answers are scored, and only they are answered; where none has any, all are answered and
     compared. given: thresholds that are not the defaults. cache: where the measurement of a reference is kept, and
-    taken from. VlmqError for leakage, for no samples, for an unknown threshold, and where the reference cannot be run.
+    taken from, all but its times. VlmqError for leakage, for no samples, for an image that cannot be read, for an
+    unknown threshold, and where the reference cannot be run.
     """
     made = manifest.read(folder)
     bits = fewest_bits(made)
     limits = thresholds.limits(bits, given or {})
     samples = to_answer(samples)
-    if made.calibration:
-        refuse_leakage(made.calibration.images_sha256.values(), samples)
+    refuse_leakage(made.calibration.images_sha256.values() if made.calibration else (), samples)
     found, told = audited(folder, reference, given or {})
     first = engine or engine_of(folder)
     engines: list[Engine] = [first, *(other for other in _others(folder) if other != first)]
@@ -104,7 +105,10 @@ def verify(
 
     with TemporaryDirectory(prefix="vlmq-verify-") as work:
         with reference_folder(cache, reference, samples, Path(work)) as (kept, known):
-            before = known or measure(reference, "torch", samples, kept, timed_last=True, progress=telling("reference"))
+            if known:
+                before = replace(known, speed=None)  # of another run, on a machine that may have been busier
+            else:
+                before = measure(reference, "torch", samples, kept, timed_last=True, progress=telling("reference"))
         verdict = Verdict(
             samples=len(samples),
             images=len({sample.image for sample in samples}),
@@ -116,6 +120,7 @@ def verify(
             weights=_by_block(found),
             compared=found.compared,
             disk=found.disk,
+            source_disk=found.source_disk,
             thresholds=limits,
         )
         failed = []

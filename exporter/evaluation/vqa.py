@@ -8,6 +8,7 @@ page does not say so, and we do not.)
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 ANNOTATORS = 10
 ANSWER_TYPES = ("yes/no", "number", "other")
@@ -43,6 +44,7 @@ def _without_one_apostrophe(word: str) -> list[str]:
 _REPAIRS = {broken: word for word in CONTRACTIONS.split() for broken in _without_one_apostrophe(word)}
 
 
+@lru_cache(1 << 16)  # a sweep compares with the same annotated answers again and again
 def normalise(answer: str) -> str:
     """The answer as it is compared: lower case, digits for number words, no articles and no punctuation."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()

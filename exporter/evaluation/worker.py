@@ -75,7 +75,8 @@ def work(request: Request, tell: Callable[[int, int], None] = lambda done, of: N
     speed = None if request.timed_last else timed()
     batch_size = fitting(config, request.batch_size)
     answers = answer_all(vlm, request.samples, family, batch_size, request.max_new_tokens, tell)
-    looks, lengths, outputs = _look(vlm, request, family, batch_size)
+    known = {sample.id: list(answer.tokens) for sample, answer in zip(request.samples, answers, strict=True)}
+    looks, lengths, outputs = _look(vlm, request, family, batch_size, known)
     return Measurement(
         engine=request.engine,
         texts=[answer.text for answer in answers],
@@ -90,14 +91,19 @@ def work(request: Request, tell: Callable[[int, int], None] = lambda done, of: N
 
 
 def _look(
-    vlm: Any, request: Request, templates: Templates, batch_size: int
+    vlm: Any, request: Request, templates: Templates, batch_size: int, known: dict[str, list[int]]
 ) -> tuple[Shown, list[int], dict[str, np.ndarray]]:
-    """The probes, closely: what other images change, the positions of each answer, and outputs by name."""
+    """The probes, closely: what other images change, the positions of each answer, and outputs by name.
+
+    known: tokens of answers by the id of their sample; probes that are not among them are asked.
+    """
     if not request.probes:
         return Shown([], [], []), [], {}
     prompts = [prompt_of(sample, templates) for sample in request.probes]
     images = images_of(request.probes)
-    looks = shown(vlm, images, prompts, batch_size, request.max_new_tokens)
+    ids = [probe.id for probe in request.probes]
+    own = [known[id_] for id_ in ids] if known.keys() >= set(ids) else None
+    looks = shown(vlm, images, prompts, batch_size, request.max_new_tokens, own)
     answers = looks.own if request.forced is None else request.forced
     logits: list[np.ndarray] = []
     for start in range(0, len(images), batch_size):

@@ -65,7 +65,7 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
         else:
             scale = stack.new_empty(len(inputs) // grid.width(len(inputs)), len(stack), dtype=dtype)
             zero = torch.empty_like(scale, dtype=torch.uint8)
-        codes = _round_columns(stack.T[order].contiguous(), order.tolist(), moves, scale, zero, grid, static)
+        codes = _round_columns(stack.T[order].contiguous(), order.cpu().tolist(), moves, scale, zero, grid, static)
         parts.append([found.T[: len(rows)] for found in (codes, scale, zero)])
     codes, scale, zero = (torch.cat(found) for found in zip(*parts, strict=True))
     return QuantizedWeight(codes, scale, zero, grid)

@@ -11,6 +11,7 @@ from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.walk import Site
 from vlmq.formats.shards import MAX_SHARD_BYTES
 from vlmq.kernels import nbits
+from vlmq.kernels.products import Kind, packed_bytes, product, unsaid
 
 REMEDY = "free some, or choose another --output"
 
@@ -59,7 +60,24 @@ def graph_float(work: Workload) -> int:
 def packed_in_graphs(work: Workload) -> int:
     """Bytes of the packed linears of the graphs."""
     scale = graph_float(work)
-    return sum(nbits.packed_bytes((site.rows, site.columns), scheme.grid, scale) for site, scheme in _packed(work))
+    return sum(
+        packed_bytes((site.rows, site.columns), scheme.grid, _kind(work, scheme), scale)
+        for site, scheme in _packed(work)
+    )
+
+
+def repacked_in_graphs(work: Workload) -> int:
+    """Bytes of those that PyTorch packs in another way, so that both are there while a graph is made."""
+    scale = graph_float(work)
+    return sum(
+        nbits.packed_bytes((site.rows, site.columns), scheme.grid, scale)
+        for site, scheme in _packed(work)
+        if _kind(work, scheme) != unsaid(scheme.grid)
+    )
+
+
+def _kind(work: Workload, scheme: Scheme) -> Kind:
+    return product(scheme.grid, scheme.inputs, work.accuracy_level).kind
 
 
 def _packed(work: Workload) -> Iterator[tuple[Site, Scheme]]:

@@ -152,6 +152,7 @@ def _differentiated(work: Workload, blocks: list[Block], samples: int) -> Part:
 def _graphs(work: Workload) -> Iterator[Part]:
     dense = disk.dense_in_graphs(work)
     yield Part("packed linears", disk.packed_in_graphs(work), "as the graphs hold them")
+    yield Part("some of them again", disk.repacked_in_graphs(work), "as PyTorch holds them, where that differs")
     yield Part("other weights", dense * FLOAT, "in float32, as the model computes")
     yield Part("other weights again", dense * disk.graph_float(work), "as the graphs store them")
     yield Part("the tracer", TRACER + len(work.walk.blocks) * TRACED, "nodes of three graphs")

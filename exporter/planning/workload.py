@@ -61,6 +61,7 @@ class Workload:
     verify: bool
     activation_memory: int = MEMORY
     gate: bool = False
+    accuracy_level: int = 0
 
     @property
     def batch(self) -> int:
@@ -117,12 +118,13 @@ class Workload:
 
     @cached_property
     def activations(self) -> int:
-        """Bytes of all that waits between blocks when the last stage runs: pixels, and what every stage left behind,
-        twice where the full-precision model runs alongside."""
+        """Bytes of all that waits between blocks when the last stage runs: pixels, and what every stage left behind (a
+        decoder reads what its encoder did in every block), twice where the full-precision model runs alongside."""
         vision = self.checkpoint.config.vision_config
         pixels = CHANNELS * vision.image_size**2 * FLOAT
         streams = 2 if needs_reference(self.assignment) else 1
-        return self.samples * (pixels + streams * sum(self.hidden(stage) for stage in self.walk.stages))
+        behind = sum((1 + stage[0].answers) * self.hidden(stage) for stage in self.walk.stages)
+        return self.samples * (pixels + streams * behind)
 
     @property
     def activations_on_disk(self) -> int:

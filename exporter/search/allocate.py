@@ -17,8 +17,8 @@ from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.inspection import inspection, stored_dtype
-from vlmq.exporter.progress import Progress
-from vlmq.exporter.recipe import Assignment, Recipe, refuse_for_format
+from vlmq.exporter.progress import Progress, silent
+from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT
@@ -76,13 +76,19 @@ class Allocated:
     exact: bool
 
 
-def allocate(request: Request, progress: Progress = lambda what, done, of: None) -> Allocated:
+def allocate(request: Request, progress: Progress = silent) -> Allocated:
     """VlmqError for a budget that is none, below what is possible, or above what the model has."""
+    return allocations(request, [request.budget], progress)[0]
+
+
+def allocations(
+    request: Request, budgets: Sequence[str], progress: Progress = lambda what, done, of: None
+) -> list[Allocated]:
+    """One for each budget, in place of the request's; what choices cost is found once for all."""
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     skeleton = checkpoint.skeleton()
     walk = ends.plan(checkpoint, skeleton, request.recipe)
     base = request.recipe.assign(walk)
-    refuse_for_format(base, request.formats)
     if request.recipe.qkv == "v-only":
         raise VlmqError("recipe: --qkv v-only stores fused projections dense, so bits save nothing; choose another")
     if not is_chosen_for(walk, base):
@@ -94,7 +100,7 @@ def allocate(request: Request, progress: Progress = lambda what, done, of: None)
     whole = inspection(checkpoint, skeleton, walk, base)
     elsewhere = whole.after - sum(site_bytes(site, base.schemes.get(site.name), width) for site in sites)
     pinned = sum(site_bytes(site, None, width) for site in sites if site.name not in base.schemes)
-    allowed = budget.in_bytes(request.budget, whole.before, weights, elsewhere) - pinned
+    allowed = [budget.in_bytes(text, whole.before, weights, elsewhere) - pinned for text in budgets]
     data = datas.choose(checkpoint, request.calibration, None, request.samples, request.seed, verify=False)
     assert data.calibration is not None
     samples = data.calibration.samples
@@ -104,36 +110,40 @@ def allocate(request: Request, progress: Progress = lambda what, done, of: None)
         free = [site for site in sites if site.name in base.schemes]
         gradients = channel_weights(bench.model, free, asked, request.seed)
         found = items(checkpoint, bench.model, walk, assignments, gradients, bench.batches, progress)
-        _refuse_too_little(request.budget, found, allowed, pinned, elsewhere, weights)
+        for text, most in zip(budgets, allowed, strict=True):
+            _refuse_too_little(text, found, most, pinned, elsewhere, weights)
         measurer = Measurer(bench, asked, request.recipe, walk)
         factors = measurer.factors(found, progress)
         costs = [_refined(item, factors) for item in found]
-        solution = knapsack.solve([_offered(item) for item in costs], allowed)
-        assert solution is not None  # or it would be too little
-        chosen = {
-            name: _ordered(item)[place]
-            for item, place in zip(costs, solution.chosen, strict=True)
-            for name in item.sites
-        }
-        if all(choice.bits == FULL for choice in chosen.values()):
-            raise VlmqError(f"--budget {request.budget}: has room for every linear at 16 bits; give less")
-        recipe = with_rules(request.recipe, walk, chosen)
-        final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
-        refuse_for_format(final, request.formats)
-        _check(final, assignments, chosen)
-        measured = measurer.divergence(recipe)
-    linears = solution.bytes + pinned
-    return Allocated(
-        recipe=recipe,
-        bytes=linears + elsewhere,
-        linears=linears,
-        bits_per_weight=8 * linears / weights,
-        bits=_mean_bits(walk, final),
-        predicted=solution.cost,
-        measured=measured,
-        factors={component: dict(factor.measured) for component, factor in factors.items()},
-        exact=solution.exact,
-    )
+        made = []
+        for text, most in zip(budgets, allowed, strict=True):
+            solution = knapsack.solve([_offered(item) for item in costs], most)
+            assert solution is not None  # or it would be too little
+            chosen = {
+                name: _ordered(item)[place]
+                for item, place in zip(costs, solution.chosen, strict=True)
+                for name in item.sites
+            }
+            if all(choice.bits == FULL for choice in chosen.values()):
+                raise VlmqError(f"--budget {text}: has room for every linear at 16 bits; give less")
+            recipe = with_rules(request.recipe, walk, chosen)
+            final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
+            _check(final, assignments, chosen)
+            linears = solution.bytes + pinned
+            made.append(
+                Allocated(
+                    recipe=recipe,
+                    bytes=linears + elsewhere,
+                    linears=linears,
+                    bits_per_weight=8 * linears / weights,
+                    bits=_mean_bits(walk, final),
+                    predicted=solution.cost,
+                    measured=measurer.divergence(recipe),
+                    factors={component: dict(factor.measured) for component, factor in factors.items()},
+                    exact=solution.exact,
+                )
+            )
+    return made
 
 
 def in_words(found: Allocated) -> tuple[str, ...]:

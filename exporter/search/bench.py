@@ -5,14 +5,17 @@ and any of them can be composed. Nothing of one component's error is known to th
 export, where each component is calibrated on what the quantized ones before it put out (docs/sweep.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlmq.exporter import ends
 from vlmq.exporter.calibration import Calibration, Inputs, Played, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.evaluation.tasks import task as evaluation
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.journal import read_block, write_block
 from vlmq.exporter.methods.registry import is_calibrated
@@ -22,13 +25,26 @@ from vlmq.exporter.rotation import rotate
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import Sample
+from vlmq.exporter.search.kept import Kept, tensor_bytes
 from vlmq.exporter.search.pieces import Piece, alone
 from vlmq.exporter.search.tasks import Asked, ask, score
 from vlmq.exporter.simulate import simulate_batches
 from vlmq.exporter.solving import QuantizedBlock, dense
 from vlmq.exporter.walk import Walk
 from vlmq.formats.folder import staged
-from vlmq.kernels.grid import Limits
+from vlmq.kernels.grid import Grid, Limits
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A piece as a model computes with it: parameters by name, and the grids and limits of inputs that are rounded."""
+
+    parameters: dict[str, Tensor]
+    grids: dict[str, Grid]
+    limits: dict[str, Limits | None]
+
+
+NOTHING = Dense({}, {}, {})
 
 
 class Bench:
@@ -51,10 +67,11 @@ class Bench:
         )
         self._played: dict[Component, tuple[Played, Played]] = {}
         self._on: dict[Component, str] = {}  # the piece that a component is
-        self._changed: dict[Component, list[str]] = {}  # the parameters that it changed
+        self._changed: dict[Component, set[str]] = {}  # the parameters that it changed
+        self._dense: Kept[Dense] = Kept(lambda dense: tensor_bytes(dense.parameters))
         self._roundings: dict[Component, InputRounding] = {}
 
-    def ask(self, task: str, samples: Sequence[Sample]) -> Asked:
+    def ask(self, task: str, samples: Sequence[evaluation.Asked]) -> Asked:
         """The samples of a task, prepared; to be called before anything is put together."""
         return ask(task, self.checkpoint, self.model, samples)
 
@@ -109,35 +126,40 @@ class Bench:
             piece = wanted.get(component)
             if self._on.get(component) == (piece and piece.key):
                 continue
-            self._as_stored(self._changed.pop(component, []))
+            form = self._read(piece) if piece else NOTHING
+            changed = self._changed.pop(component, set())
+            self._as_stored(changed - form.parameters.keys())
             if component in self._roundings:
                 self._roundings.pop(component).remove()
             self._on.pop(component, None)
             if piece:
-                self._put_on(piece)
+                self._changed[component] = set(form.parameters)
+                for name, tensor in form.parameters.items():
+                    self.model.get_parameter(name).copy_(tensor)
+                if form.grids:
+                    self._roundings[component] = InputRounding(self.model, form.grids, form.limits)
                 self._on[component] = piece.key
 
-    def _put_on(self, piece: Piece) -> None:
+    def _read(self, piece: Piece) -> Dense:
+        return self._dense.get(piece.key, lambda: self._read_anew(piece))
+
+    def _read_anew(self, piece: Piece) -> Dense:
         walk, assignment = self._plan(piece)
-        blocks = _only(walk, [piece.component]).blocks
-        limits: dict[str, Limits | None] = {}
-        changed = self._changed.setdefault(piece.component, [])
-        for index, block in enumerate(blocks):
-            file = self.folder / piece.key / f"{index:05}.safetensors"
+        found = Dense({}, {}, {})
+        for index, block in enumerate(_only(walk, [piece.component]).blocks):
             if not any(site.name in assignment.schemes for site in block.sites):
                 continue
-            found = read_block(file, block, assignment.schemes)
-            new = {f"{name}.weight": dense(site.weight) for name, site in found.sites.items()} | found.changed
-            changed += new
-            for name, tensor in new.items():
-                self.model.get_parameter(name).copy_(tensor)
-            limits |= {name: site.limits for name, site in found.sites.items() if site.scheme.inputs}
-        grids = {name: assignment.schemes[name].inputs for name in limits}
-        if grids:
-            self._roundings[piece.component] = InputRounding(self.model, grids, limits)  # type: ignore[arg-type]
+            read = read_block(self.folder / piece.key / f"{index:05}.safetensors", block, assignment.schemes)
+            found.parameters.update({f"{name}.weight": dense(site.weight) for name, site in read.sites.items()})
+            found.parameters.update(read.changed)
+            for name, site in read.sites.items():
+                if site.scheme.inputs:
+                    found.grids[name] = site.scheme.inputs
+                    found.limits[name] = site.limits
+        return found
 
     @torch.no_grad()
-    def _as_stored(self, names: Sequence[str] | dict) -> None:
+    def _as_stored(self, names: Iterable[str]) -> None:
         """As precise as a file holds them, and no more."""
         for name in names:
             self.model.get_parameter(name).copy_(self.checkpoint.read(name))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from vlmq.exporter.calibration import Inputs
+from vlmq.exporter.calibration import Inputs, decoder_inputs
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.images import open_image
 from vlmq.exporter.runtime import check_image_tokens
@@ -36,10 +36,15 @@ def answered(
     for sample in samples:
         prompt = prompt_of(sample, checkpoint.family)
         image = None if sample.image is None else open_image(sample.image)
-        text = " ".join([prompt, *sample.answers[:1]])
+        start = checkpoint.family.start
+        text = prompt if start is not None else " ".join([prompt, *sample.answers[:1]])
         whole = dict(processor(images=image, text=text, return_tensors="pt"))
         if image is not None:
             check_image_tokens(processor, text, whole["input_ids"][0].numpy())
+        if start is not None:
+            whole["decoder_input_ids"] = decoder_inputs(" ".join(sample.answers[:1]), processor, start)
+            yield whole, whole["decoder_input_ids"].shape[1] - 1
+            continue
         alone = processor(images=image, text=prompt, return_tensors="pt")["input_ids"]
         yield whole, whole["input_ids"].shape[1] - alone.shape[1]
 

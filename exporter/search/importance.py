@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.search.scores import Scores, read_scores
 from vlmq.formats.folder import staged
 
@@ -57,7 +57,7 @@ def analyse(
     target: str = TARGET,
     output: Path | None = None,
     seed: int = 0,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> list[Importance]:
     """Measure each table and, where `output` names a folder, write `importance.json` and the plots into it.
 
@@ -82,7 +82,7 @@ def _measured(tables: Sequence[Scores], seed: int, progress: Progress) -> list[I
     return [measure(table, name, seed, progress) for table, name in zip(tables, names, strict=True)]
 
 
-def measure(scores: Scores, name: str, seed: int = 0, progress: Progress = lambda what, done, of: None) -> Importance:
+def measure(scores: Scores, name: str, seed: int = 0, progress: Progress = silent) -> Importance:
     """Shares of one table, the same for the same seed. VlmqError where the extra is absent, or no bits matter."""
     try:
         from vlmq.exporter.search.forest import grow, shares

@@ -21,7 +21,7 @@ from vlmq.exporter.calibration import Calibration, Call, Inputs, Wanted, gather
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.families import Component
 from vlmq.exporter.inspection import stored_dtype
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.settings import FULL
@@ -56,7 +56,7 @@ def items(
     assignments: Mapping[Choice, Assignment],
     weights: Mapping[str, Tensor],
     batches: Sequence[Inputs],
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> list[Item]:
     """One item for every input of a block that has a linear to choose for.
 

@@ -17,10 +17,11 @@ import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
 from vlmq.exporter.errors import VlmqError
-from vlmq.exporter.progress import Progress
+from vlmq.exporter.evaluation.tasks import task as evaluation
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.rotation import rotate
-from vlmq.exporter.samples import COUNT, Sample, image_digests
+from vlmq.exporter.samples import COUNT, Sample, image_digests, refuse_leakage
 from vlmq.exporter.search import engines, tables
 from vlmq.exporter.search.bench import Bench
 from vlmq.exporter.search.engines import Each, EngineName, Outcome
@@ -28,7 +29,7 @@ from vlmq.exporter.search.grid import configurations, read_grid
 from vlmq.exporter.search.ledger import ATTEMPTS, Ledger, opened
 from vlmq.exporter.search.pieces import Piece, Planned, plan
 from vlmq.exporter.search.tables import Row
-from vlmq.exporter.search.tasks import Asked, fitting
+from vlmq.exporter.search.tasks import Asked, asked_of, official, task_of
 from vlmq.exporter.walk import walk
 from vlmq.formats import manifest
 from vlmq.formats.folder import companions
@@ -82,7 +83,7 @@ class Job:
     rotate: tuple[str, ...]
     task: str
     calibration: tuple[Sample, ...]
-    evaluation: tuple[Sample, ...]
+    evaluation: tuple[evaluation.Asked, ...]
     pieces: Path
 
 
@@ -102,8 +103,9 @@ class Measure:
     recipe: dict[str, Any] | None = None
 
 
-def sweep(request: Request, progress: Progress = lambda what, done, of: None) -> Swept:
+def sweep(request: Request, progress: Progress = silent) -> Swept:
     """Measure what is not measured yet, and write tables and plots; VlmqError, before any work, for bad input."""
+    task_of(request.task)
     grid = read_grid(request.grid)
     engines.refuse(request.engine, request.workers, request.address)
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -120,10 +122,7 @@ def sweep(request: Request, progress: Progress = lambda what, done, of: None) ->
     if looking and request.samples < 1:
         raise VlmqError(f"{request.samples} samples: at least one is needed; choose a larger --samples")
     count = request.samples if looking else 0
-    data = datas.choose(checkpoint, request.calibration, request.data, count, request.seed)
-    assert data.evaluation is not None  # for verification was asked for
-    asked = fitting(request.task, data.evaluation.samples)[: request.questions]
-    calibrated = data.calibration.samples if data.calibration else ()
+    calibrated, asked = _samples(request, checkpoint, count)
     identity = _identity(request, checkpoint, planned, calibrated, asked)
     with opened(request.output, identity) as ledger:
         job = Job(request.model, request.revision, rotated, request.task, calibrated, asked, ledger.pieces)
@@ -141,6 +140,22 @@ def sweep(request: Request, progress: Progress = lambda what, done, of: None) ->
             if each.key not in ledger.scores and each.key in ledger.failures
         }
     return Swept(request.output, tuple(rows), failures, len(distinct), len(pieces), files)
+
+
+def _samples(
+    request: Request, checkpoint: Checkpoint, count: int
+) -> tuple[tuple[Sample, ...], tuple[evaluation.Asked, ...]]:
+    """Those to calibrate on, `count`, and those to ask; VlmqError where they share an image."""
+    given, seed = request.calibration, request.seed
+    if task_of(request.task).official:
+        asked = official(request.task, request.data)[: request.questions]
+        data = datas.choose(checkpoint, given, None, count, seed, verify=False)
+        refuse_leakage(data.digests.values(), [one.sample for one in asked])
+    else:
+        data = datas.choose(checkpoint, given, request.data, count, seed)
+        assert data.evaluation is not None  # for verification was asked for
+        asked = asked_of(request.task, data.evaluation.samples)[: request.questions]
+    return data.calibration.samples if data.calibration else (), asked
 
 
 def _measure(planned: Sequence[Planned], ledger: Ledger, each: Each, sequential: bool, progress: Progress) -> None:
@@ -209,7 +224,7 @@ def _identity(
     checkpoint: Checkpoint,
     planned: Iterable[Planned],
     calibration: Iterable[Sample],
-    asked: Iterable[Sample],
+    asked: Iterable[evaluation.Asked],
 ) -> dict[str, Any]:
     """What the rows depend on, by the words that a person is told where it is another."""
     source = manifest.source(checkpoint.folder, checkpoint.name, checkpoint.revision)
@@ -221,7 +236,7 @@ def _identity(
         "grid": [[one.configuration.name, one.configuration.series, one.key] for one in planned],
         "task": request.task,
         "calibration": _said(calibration),
-        "data": _said(asked),
+        "data": _said(one.sample for one in asked),
         "calibration of components": "in sequence" if request.sequential else "alone",
     }
 

@@ -1,9 +1,10 @@
 """Plots of a sweep, of the kinds of paper 002: score against size with its front (Figure 4), each component by itself
-(Figure 5), and what was quantized at all, by component, kind of linear and block group (Figure 3)."""
+(Figure 5), and what was quantized at all, by component, kind of linear and block group, with stars for all of it
+(Figure 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FULL = 16
 PARETO, ALONE, PARTS = "pareto.png", "alone.png", "parts.png"
 MARKS = "osD^vP"
+DIVERGENCE = "divergence"
+UNITS = {"accuracy": "accuracy, %", DIVERGENCE: "divergence from the reference, nats"}
 MANY = (*PALETTE, "#8c564b", "#17a0b0", "#c8632f", "#4d6a2f")  # of subsets there are seven
 
 
@@ -40,23 +43,40 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(rows: Sequence[Row]) -> Figure:
-    """Score against size, a colour for each series, each with its front (Figure 4)."""
+    """Score against size, a colour for each series, each with its front (Figure 4); and so the divergence, where there
+    is one: it still falls where scores do not rise."""
     score = next(iter(rows[0].scores))
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axis = figure.add_subplot()
+    changed = any(row.scores.get(DIVERGENCE, 0) > 0 for row in rows)
+    figure = Figure(figsize=(13.2 if changed else 7.2, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2 if changed else 1, squeeze=False)[0]
+    _against_size(axes[0], rows, score, 1)
+    if changed:
+        _against_size(axes[1], rows, DIVERGENCE, -1)
+        axes[1].set_yscale("log")
+    for row in rows:
+        if all(bits == FULL for bits in row.bits.values()):
+            axes[0].axhline(row.scores[score], color=INK, linewidth=0.8, linestyle=":", label="reference")
+            break
+    legend(figure, axes[0])
+    return figure
+
+
+def _against_size(axis: Axes, rows: Sequence[Row], name: str, sign: int) -> None:
+    """sign: 1 where more is better, -1 where less is."""
     for number, series in enumerate(dict.fromkeys(row.series for row in rows)):
-        points = [(row.bytes / 1e6, row.scores[score]) for row in rows if row.series == series]
+        points = [(row.bytes / 1e6, row.scores[name]) for row in rows if row.series == series]
+        if name == DIVERGENCE:
+            points = [(size, score) for size, score in points if score > 0]  # zero has no logarithm
+        if not points:
+            continue
+        best = [(size, sign * score) for size, score in front([(size, sign * score) for size, score in points])]
         colour, mark = PALETTE[number % len(PALETTE)], MARKS[number % len(MARKS)]
         sizes, scores = zip(*points, strict=True)
         axis.scatter(sizes, scores, s=16, alpha=0.35, color=colour, marker=mark, linewidths=0)
-        axis.plot(*zip(*front(points), strict=True), color=colour, marker=mark, markersize=4, label=series)
-    for row in rows:
-        if all(bits == FULL for bits in row.bits.values()):
-            axis.axhline(row.scores[score], color=INK, linewidth=0.8, linestyle=":")
-            break
-    _finish(axis, f"{score} against size; lines join what no smaller one of a series beats", "MB of weights", score)
-    legend(figure, axis)
-    return figure
+        axis.plot(*zip(*best, strict=True), color=colour, marker=mark, markersize=4, label=series)
+    _finish(
+        axis, f"{name} against size, and what no smaller one of a series beats", "MB of weights", UNITS.get(name, name)
+    )
 
 
 def alone(rows: Sequence[Row]) -> Figure | None:
@@ -77,42 +97,57 @@ def alone(rows: Sequence[Row]) -> Figure | None:
         for number, component in enumerate(component for component in rows[0].bits if component in lines):
             points = zip(*sorted(lines[component]), strict=True)
             axis.plot(*points, color=PALETTE[number], marker=MARKS[number], markersize=4, label=component)
-        _finish(axis, f"{series}, one component at a time", "bits", score)
+        _finish(axis, f"{series}, one component at a time", "bits", UNITS.get(score, score))
     legend(figure, axes[0, 0])
     return figure
 
 
 def parts(rows: Sequence[Row]) -> Figure | None:
-    """Score against size three times: by the components, kinds and block groups that were quantized (Figure 3)."""
+    """Score, and divergence, against size by the components, kinds and block groups that were quantized (Figure 3)."""
     ruled = [row for row in rows if row.recipe and all("blocks" in rule for rule in row.recipe.get("rules", ()))]
     ruled = [row for row in ruled if row.recipe and row.recipe.get("rules")]
     if not ruled:
         return None
     score = next(iter(rows[0].scores))
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 3, sharey=True), ("component", "kind", "blocks"), strict=True):
-        said = _said(key)
-        labels = sorted({said(row) for row in ruled}, key=lambda label: (label.count("+"), label))
-        for number, label in enumerate(labels):
-            points = [(row.bytes / 1e6, row.scores[score]) for row in ruled if said(row) == label]
-            colour = MANY[number % len(MANY)]
-            sizes, scores = zip(*points, strict=True)
-            axis.scatter(sizes, scores, s=14, alpha=0.7, color=colour, linewidths=0, label=label)
-        _finish(axis, f"by {key}", "MB of weights", score)
-        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+    names = [score, *([DIVERGENCE] if any(row.scores.get(DIVERGENCE, 0) > 0 for row in ruled) else [])]
+    figure = Figure(figsize=(14, 4.4 * len(names)), layout="constrained")
+    for name, axes in zip(names, figure.subplots(len(names), 3, sharey="row", squeeze=False), strict=True):
+        for axis, key in zip(axes, ("component", "kind", "blocks"), strict=True):
+            _by(axis, rows, ruled, key, name)
     return figure
 
 
-def _said(key: str) -> Callable[[Row], str]:
-    """What a row's rules have under a key, joined."""
-    return lambda row: "+".join(dict.fromkeys(rule[key] for rule in (row.recipe or {})["rules"]))
+def _by(axis: Axes, rows: Sequence[Row], ruled: Sequence[Row], key: str, name: str) -> None:
+    """A colour for each subset of components, kinds or block groups; stars where all of the model has equal bits."""
+    shown = [row for row in ruled if name != DIVERGENCE or row.scores[name] > 0]  # zero has no logarithm
+    labels = sorted({_said(row, key) for row in shown}, key=lambda label: (label.count("+"), label))
+    for number, label in enumerate(labels):
+        points = [(row.bytes / 1e6, row.scores[name]) for row in shown if _said(row, key) == label]
+        sizes, scores = zip(*points, strict=True)
+        axis.scatter(sizes, scores, s=14, alpha=0.7, color=MANY[number % len(MANY)], linewidths=0, label=label)
+    for row in rows:
+        if len(set(row.bits.values())) == 1 and (name != DIVERGENCE or row.scores[name] > 0):
+            place, bits = (row.bytes / 1e6, row.scores[name]), next(iter(row.bits.values()))
+            axis.scatter(*place, marker="*", s=90, color=INK, linewidths=0, zorder=3)
+            axis.annotate(f"{bits:g}", place, (5, 3), textcoords="offset points", fontsize=8, color=INK)
+    if name == DIVERGENCE:
+        axis.set_yscale("log")
+    _finish(axis, f"by {key}; stars: all of it, at so many bits", "MB of weights", UNITS.get(name, name))
+    axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+
+
+def _said(row: Row, key: str) -> str:
+    """What a row's rules have under a key, joined. A projection goes with the feed-forward linears, as in the grid."""
+    said = [rule[key].replace("projection", "feedforward") for rule in (row.recipe or {})["rules"]]
+    return "+".join(dict.fromkeys(said))
 
 
 def _finish(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axis.set_xlabel(xlabel, color=INK)
     axis.set_ylabel(ylabel, color=INK)
-    axis.grid(color="#e3e7ec", zorder=0)
+    axis.grid(color="#e3e7ec")
+    axis.set_axisbelow(True)
     axis.tick_params(length=0, colors=INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#9aa5b1")
