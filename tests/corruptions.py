@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
-from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats import compressed_tensors, genai, manifest
 from vlmq.formats.onnx_graphs import GRIDS
 from vlmq.kernels import nbits, products
 from vlmq.kernels.grid import Limits, QuantizedWeight, between
@@ -127,7 +127,9 @@ class Graphs:
     """The graphs in onnx/, and where in them each initializer is."""
 
     def __init__(self, folder: Path) -> None:
-        self.models = {path: onnx.load(path) for path in sorted((folder / "onnx").glob("*.onnx"))}
+        graphs = sorted((folder / "onnx").glob("*.onnx"))
+        # onnxruntime-genai's graph has no weights: its table is that of the token embedding.
+        self.models = {path: onnx.load(path) for path in graphs if not path.name.startswith(genai.MERGE)}
         self.values = {value.name: value for model in self.models.values() for value in model.graph.initializer}
         self.grids = {}
         for model in self.models.values():
