@@ -158,7 +158,7 @@ def methods() -> str:
     models = [(name, variant) for name in ("blip2-mini", "llava-mini") for variant in ("plain", "outliers")]
     lines = [
         "Every method at the same budgets, all components: accuracy in % of 2000 questions, and the divergence (KL, nats) of the "
-        f"first token from the reference's, mostly of one seed so far (the table says which) ({machine['processor']}; `python benchmarks/methods.py`; "
+        f"first token from the reference's, mostly of one seed (the table says which) ({machine['processor']}; `python benchmarks/methods.py`; "
         "[all rows, intervals and verdicts](benchmarks/results/methods.md)).",
         "",
         "| method | W | A | granularity | " + " | ".join(f"{name}, {variant}" for name, variant in models) + " |",
@@ -187,18 +187,21 @@ def methods() -> str:
 
 def consumers() -> str:
     found, machine = results("consumers")
+    bits = list(dict.fromkeys(row["bits"] for row in found))
     lines = [
         "Who loads an export, and how many of its greedy answers are those of transformers' model with the dequantized weights in "
-        f"float32 ({machine['processor']}; `python benchmarks/consumers.py`; 8 / 4: vision at 8 bits, the rest at 4; onnxruntime's "
-        "8-bit kernel multiplies in int8; vLLM: [what was checked instead](docs/consumers.md#vllm)):",
+        f"float32, by bits ({machine['processor']}; `python benchmarks/consumers.py`; 8 / 4: vision at 8 bits, the rest at 4; vLLM: "
+        "[what was checked instead](docs/consumers.md#vllm)):",
         "",
-        "| consumer | layout | family | bits | loads | same greedy tokens |",
-        "|---|---|---|---|---|---|",
+        f"| consumer | layout | family | {' | '.join(bits)} |",
+        f"|{'---|' * (3 + len(bits))}",
     ]
+    rows: dict[str, dict[str, str]] = {}
     for row in found:
-        left = f", {' and '.join(row['leaves'])} left" if row["leaves"] else ""
-        end = f"yes | {row['same']} of {row['of']}" if row["loads"] else f"no: {row['why'].replace('|', '/')} | "
-        lines.append(f"| {row['consumer']} | {row['layout']} | {row['family']} | {row['bits']}{left} | {end} |")
+        left = f" ({' and '.join(row['leaves'])} left)" if row["leaves"] else ""
+        said = f"{row['same']} of {row['of']}" if row["loads"] else f"no: {row['why'].replace('|', '/')}"
+        rows.setdefault(f"{row['consumer']} | {row['layout']} | {row['family']}{left}", {})[row["bits"]] = said
+    lines += [f"| {name} | {' | '.join(cells.get(each, '-') for each in bits)} |" for name, cells in rows.items()]
     return "\n".join(lines)
 
 
