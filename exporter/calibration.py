@@ -72,7 +72,7 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
         """What the block makes of `hidden`, or of others; computed where its weights are."""
-        device = next(block.parameters()).device
+        device = _device(block)
         hidden = (self.hidden if hidden is None else hidden).to(device)
         args, kwargs = _read(self._args, device), _read({**self._kwargs, **self.handed}, device)
         output = block(*args, hidden_states=hidden, **kwargs) if self.by_name else block(hidden, *args, **kwargs)
@@ -333,7 +333,7 @@ def gather(
     """
     wanted = wanted or [Wanted()] * len(block.inputs)
     module = model.get_submodule(block.name)
-    device = next(module.parameters()).device
+    device = _device(module)
     sums = [Sums(entry.sites[0].columns, device, want.cross) for entry, want in zip(block.inputs, wanted, strict=True)]
     keep = int(-(-ROWS // workers.number(len(calls))))
     read: dict[int, Tensor] = {}
@@ -365,6 +365,11 @@ def gather(
         for hook in hooks:
             hook.remove()
     return [found.statistics() for found in sums], outputs
+
+
+def _device(block: nn.Module) -> torch.device:
+    """Where a block's weights are."""
+    return next(block.parameters()).device
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -21,8 +21,7 @@ from vlmq.exporter.evaluation.retriever import Retriever
 from vlmq.exporter.evaluation.tasks.retrieval import IMAGE_TO_TEXT, TEXT_TO_IMAGE, ids_of
 from vlmq.exporter.evaluation.tasks.task import Asked
 from vlmq.exporter.images import open_image
-
-Tell = Callable[[str, int, int], None]
+from vlmq.exporter.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def retrieve(
     rerank: int,
     skip_bad: bool,
     shelf: Shelf,
-    progress: Tell = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> list[Record]:
     """A record for every image and every caption, with the rank of what it looks for; failed images first of all.
 
@@ -136,7 +135,7 @@ def _undecodable(asked: Sequence[Asked], skip_bad: bool) -> Iterator[tuple[int, 
 
 
 def _batches(
-    what: str, of: int, size: int, make: Callable[[int], np.ndarray], shelf: Shelf, progress: Tell
+    what: str, of: int, size: int, make: Callable[[int], np.ndarray], shelf: Shelf, progress: Progress
 ) -> Iterator[np.ndarray]:
     progress(what, 0, of)
     for start in range(0, of, size):
@@ -151,7 +150,7 @@ def _reranked(
     texts: Sequence[str],
     count: int,
     batch_size: int,
-    progress: Tell,
+    progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(images, texts), (texts, images): similarity and matching logit of the first `count` of each row, else OUT.
 
