@@ -6,9 +6,9 @@ A decoder (2560 wide, 32 heads, 10240 in the feed-forward) and a vision encoder 
 weights are written by vlmq's own writer, one precision at a time, and each is run in a fresh process that has
 onnxruntime alone: greedy decoding at batch 1 after a past of `--past` tokens, caches bound as they come out; and whole
 pictures. A part of the layers gets as large a part of the vocabulary, so that the output head, which stays in full
-precision, weighs what it weighs in the whole. `read_bytes` are what one token has to read of the weights, as they lie
-in memory; beside the rate at which this machine reads memory (the sum over a large array) they tell how near to it a
-decoder comes. Ratios are to float32 in the same run.
+precision unless said otherwise, weighs what it weighs in the whole. `read_bytes` are what one token has to read of the
+weights, as they lie in memory; beside the rate at which this machine reads memory (the sum over a large array) they
+tell how near to it a decoder comes. Ratios are to float32 in the same run.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,43 +27,61 @@ import numpy as np
 
 LAYERS, BLOCKS, VOCABULARY = 32, 39, 50272
 DECODER, VISION = "decoder_model_merged", "vision_encoder"
-# name: bits, columns of a group, of the input's grid (None: not rounded), accuracy_level
-DECODERS: dict[str, tuple[int, int, int | None, int]] = {
-    "fp32": (32, 0, None, 0),
-    "fp16": (16, 0, None, 0),
-    "W4 g128, level 0": (4, 128, None, 0),
-    "W4 g32, level 0": (4, 32, None, 0),
-    "W4 g128, level 4": (4, 128, None, 4),
-    "W4 g32, level 4": (4, 32, None, 4),
+
+
+@dataclass(frozen=True)
+class Precision:
+    bits: int
+    group: int = 0  # columns; -1: a row
+    inputs: int | None = None  # bits they are rounded to
+    level: int = 0  # accuracy_level
+    head: bool = False  # is the output head quantized too?
+
+
+DECODERS = {
+    "fp32": Precision(32),
+    "fp16": Precision(16),
+    "W4 g128, level 0": Precision(4, 128),
+    "W4 g32, level 0": Precision(4, 32),
+    "W4 g128 and head, level 0": Precision(4, 128, head=True),
+    "W4 g128, level 4": Precision(4, 128, level=4),
+    "W4 g32, level 4": Precision(4, 32, level=4),
+    "W4 g128 and head, level 4": Precision(4, 128, level=4, head=True),
 }
-ENCODERS: dict[str, tuple[int, int, int | None, int]] = {"fp32": (32, 0, None, 0), "W8A8": (8, -1, 8, 0)}
+ENCODERS = {"fp32": Precision(32), "W8A8": Precision(8, -1, 8)}
 
 
-def build(part: str, scheme: tuple[int, int, int | None, int], count: int, folder: Path) -> None:
+def build(part: str, precision: Precision, count: int, folder: Path) -> None:
     """Write the graphs of a random model of which `part` has its true widths and `count` layers."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     from vlmq.formats.onnx_graphs import export
-    from vlmq.kernels.grid import ROW, Grid, to_grid
+    from vlmq.kernels.grid import Grid, to_grid
     from vlmq.kernels.linear import QuantizedLinear
 
-    bits, group, inputs, level = scheme
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(config(part, count)).eval()
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(2**22, generator=generator).mul(256).round().div(256)  # float16 holds it, as a checkpoint does
+    pool = torch.randn(2**22, generator=generator)
+    if (
+        precision.bits != 32
+    ):  # float16 holds it, as a checkpoint does; a float32 graph is to have float32 in its file, as usual
+        pool = pool.mul(256).round().div(256)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _fill(parameter, pool, name.endswith("weight"))
-        beginning = "language_model.model.decoder.layers" if part == DECODER else "vision_model.encoder.layers"
-        for name, module in list(model.named_modules()) if bits < 16 else ():
-            if isinstance(module, torch.nn.Linear) and name.startswith(beginning):
-                weight = to_grid(module.weight, Grid(bits, group))
-                rounded = Grid(inputs, ROW) if inputs else None
+            start = int(torch.randint(len(pool), (), generator=generator))  # equal tensors onnxruntime would have once
+            _fill(parameter, pool.roll(start), name.endswith("weight"))
+        beginnings = ["language_model.model.decoder.layers" if part == DECODER else "vision_model.encoder.layers"]
+        if precision.head:
+            beginnings.append("language_model.lm_head")
+        for name, module in list(model.named_modules()) if precision.bits < 16 else ():
+            if isinstance(module, torch.nn.Linear) and name.startswith(tuple(beginnings)):
+                weight = to_grid(module.weight, Grid(precision.bits, precision.group))
+                rounded = Grid(precision.inputs, -1) if precision.inputs else None
                 model.set_submodule(name, QuantizedLinear.from_weight(weight, module.bias, rounded))
-    export(model.half() if bits == 16 else model, folder, level)
+    export(model.half() if precision.bits == 16 else model, folder, precision.level)
 
 
 def _fill(parameter: Any, pool: Any, is_weight: bool) -> None:

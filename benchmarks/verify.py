@@ -88,9 +88,9 @@ def measured(folder: Path, *arguments: object) -> dict:
     """`vlmq verify`, and what each of the two models takes by itself."""
     found = vlmq("verify", folder, "--no-gate", *arguments)
     report = json.loads((folder / "report.json").read_text())
-    sides = (report["reference"], report["export"], *report["others"])
+    sides = [("reference", report["reference"]), *(("export", side) for side in (report["export"], *report["others"]))]
     found["models"] = {
-        f"{side['folder']}, {side['engine']}": side["memory"]["loaded"] - side["memory"]["imported"] for side in sides
+        f"{which}, {side['engine']}": side["memory"]["loaded"] - side["memory"]["imported"] for which, side in sides
     }
     return found
 
