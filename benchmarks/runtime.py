@@ -8,7 +8,9 @@ onnxruntime alone: greedy decoding at batch 1 after a past of `--past` tokens, c
 pictures. A part of the layers gets as large a part of the vocabulary, so that the output head, which stays in full
 precision unless said otherwise, weighs what it weighs in the whole. `read_bytes` are what one token has to read of the
 weights, as they lie in memory; beside the rate at which this machine reads memory (the sum over a large array) they
-tell how near to it a decoder comes. Ratios are to float32 in the same run.
+tell how near to it a decoder comes. Ratios are to float32 of the same command.
+
+A folder that is kept has the rows that are done: the same command goes on where it was stopped.
 """
 
 import argparse
@@ -237,11 +239,27 @@ def measured(part: str, name: str, count: int, options: argparse.Namespace, rate
         found = min(runs, key=lambda one: one["seconds"])
         read = read_bytes(path)
     row = {"part": part, "precision": name, "count": count, "file_bytes": size, "read_bytes": read, **found}
+    row["bandwidth"] = round(rate)
     row["per_second"] = round(1 / found["seconds"], 3)
     if part == DECODER:  # a picture's rows share what is read, so that a vision encoder is bound by arithmetic
         row["of_bandwidth"] = round(read / found["seconds"] / rate, 3)
     print(json.dumps(row), flush=True)
     return row
+
+
+def all_rows(options: argparse.Namespace, kept: Path | None) -> list[dict[str, Any]]:
+    """Those that are kept, and the others measured."""
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    known = {(row["part"], row["precision"]) for row in rows}
+    wanted = ("fp32", *options.only) if options.only else ("",)
+    rate = bandwidth(options.threads)
+    for part, precisions, count in ((DECODER, DECODERS, options.layers), (VISION, ENCODERS, options.vision_blocks)):
+        for name in precisions:
+            if count and name.startswith(wanted) and (part, name) not in known:
+                rows.append(measured(part, name, count, options, rate))
+                if kept:
+                    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -266,7 +284,7 @@ def main() -> None:
     parser.add_argument("--past", type=int, default=64, help="tokens before the first")
     parser.add_argument("--repeat", type=int, default=2, help="processes for each precision; the faster one counts")
     parser.add_argument("--only", nargs="+", help="only precisions whose names begin so; float32 always")
-    parser.add_argument("--folder", type=Path, help="for the graphs; one at a time is there")
+    parser.add_argument("--folder", type=Path, help="for the graphs, one at a time, and for rows that are done")
     parser.add_argument("--build", choices=(DECODER, VISION), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
@@ -282,26 +300,15 @@ def main() -> None:
     if not (0 <= options.layers <= LAYERS and 0 <= options.vision_blocks <= BLOCKS):
         sys.exit(f"runtime: --layers is 0 to {LAYERS}, --vision-blocks 0 to {BLOCKS}")
 
-    wanted = ("fp32", *options.only) if options.only else ("",)
-    rate = bandwidth(options.threads)
-    rows = [
-        measured(part, name, count, options, rate)
-        for part, schemes, count in ((DECODER, DECODERS, options.layers), (VISION, ENCODERS, options.vision_blocks))
-        for name in schemes
-        if count and name.startswith(wanted)
-    ]
-    found = {
-        "threads": options.threads,
-        "past": options.past,
-        "bandwidth": round(rate),
-        "rows": compared(rows),
-    }
+    flags = f"--layers {options.layers} --vision-blocks {options.vision_blocks} --threads {options.threads}"
+    kept = options.folder and options.folder / f"{flags.replace(' ', '')}-{options.past}.jsonl"
+    rows = all_rows(options, kept)
+    found = {"threads": options.threads, "past": options.past, "rows": compared(rows)}
     for row in found["rows"]:
         print(f"{row['part']} {row['precision']}: {row['faster']} times as fast, {row['resident']:.0%} of the memory")
 
     import common  # not before: a process that has loaded transformers is no smaller afterwards
 
-    flags = f"--layers {options.layers} --vision-blocks {options.vision_blocks} --threads {options.threads}"
     print(common.write("runtime", f"python benchmarks/runtime.py {flags}", found))
 
 

@@ -87,7 +87,7 @@ def export(source: Path, method: str, data: Path, samples: int, folder: Path) ->
     output = folder / f"{source.name}-{method}"
     rmtree(output, ignore_errors=True)
     wanted = [str(source), "--method", method, "--bits", "4", "--group-size", "128", "--samples", str(samples)]
-    wanted += ["--format", "safetensors", "--no-verify", "--activation-memory", ACTIVATION_MEMORY]
+    wanted += ["--format", "safetensors", "--no-verify", "--no-gate", "--activation-memory", ACTIVATION_MEMORY]
     plan = [sys.executable, "-m", "vlmq", "plan", *wanted, "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, check=True, text=True).stdout)["peak_memory"]
     profile = folder / f"{output.name}.json"

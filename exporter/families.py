@@ -323,6 +323,7 @@ def _llava(config: PretrainedConfig) -> Family:
     )
 
 
+TOWERS = {"blip-2": "vision_model", "llava": "model.vision_tower"}  # the module that sees pixels
 FAMILIES: dict[str, Callable[[PretrainedConfig], Family]] = {"blip-2": _blip2, "llava": _llava}
 
 

@@ -26,7 +26,7 @@ def finish(model: ir.Model, shrink: bool = True) -> None:
     _strip(model)
     for name in list(model.graph.initializers):
         if name.startswith(f"{MODEL}."):
-            _rename(model.graph, name, name.removeprefix(f"{MODEL}."))
+            rename(model.graph, name, name.removeprefix(f"{MODEL}."))
     for output in model.graph.outputs:
         # the tracer says past_sequence_length + sequence_length, in either order
         output.shape = ir.Shape([TOTAL if "+" in str(size) else size for size in output.shape or ()])
@@ -58,7 +58,8 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _rename(graph: ir.Graph, old: str, new: str) -> None:
+def rename(graph: ir.Graph, old: str, new: str) -> None:
+    """Call an initializer otherwise."""
     value = graph.initializers.pop(old)
     value.name = new
     if value.const_value is not None:

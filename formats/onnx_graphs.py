@@ -9,9 +9,9 @@ A language model with an encoder has a fourth, `encoder_model`, and another deco
 `_q4`, `_q2`, `_quantized` (8 bits, and two containers that make up 6 or 8), or nothing; in float16 `_q4f16`, `_fp16`.
 
 A quantized linear is one node, on initializers that are called `<module>.qweight`, `.scales` and so on: MatMulNBits of
-onnxruntime, or a function of domain `vlmq` that the graph brings along (kernels/products.py, kernels/functions.py).
-Which grid its codes are on, and which product it is, is in the graph's metadata under `vlmq.grids`; what grid its input
-is rounded to under `vlmq.inputs`.
+onnxruntime, or a function of domain `vlmq` that the graph brings along (kernels/products.py, kernels/functions.py). A
+packed token embedding is one, too: GatherBlockQuantized. Which grid the codes are on, and which product it is, is in
+the graph's metadata under `vlmq.grids`; what grid its input is rounded to under `vlmq.inputs`.
 """
 
 import json
@@ -31,12 +31,13 @@ from transformers import PreTrainedModel
 
 from vlmq.formats import onnx_encoder_decoder
 from vlmq.formats.errors import FormatError
-from vlmq.formats.onnx_finish import INLINE_BYTES, finish
+from vlmq.formats.onnx_finish import INLINE_BYTES, finish, rename
 from vlmq.formats.onnx_modules import DECODER, LOOKING, Decoder, Part, parts_of
 from vlmq.kernels.embedding import QuantizedEmbedding
+from vlmq.kernels.graph_embedding import GraphEmbedding, has_operator
 from vlmq.kernels.graph_linear import GraphLinear
 from vlmq.kernels.linear import QuantizedLinear
-from vlmq.kernels.products import Product, product
+from vlmq.kernels.products import LOOKUP, PARTS, Product, product
 
 OPSET = 20
 GRIDS = "vlmq.grids"
@@ -131,27 +132,38 @@ def _traced(model: PreTrainedModel, name: str) -> ir.Model:
         )
     assert program is not None  # only with a file name is there none
     finish(program.model, shrink=model.dtype == torch.float32)
+    _name_once(program.model.graph, model)
     _describe(program.model, model)
     return program.model
 
 
+def _name_once(graph: ir.Graph, model: nn.Module) -> None:
+    """Call the tensors of a packed embedding that has several names, as T5's, by its first."""
+    first = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for part in PARTS if isinstance(module, GraphEmbedding) and name != first[id(module)] else ():
+            if f"{name}.{part}" in graph.initializers:
+                rename(graph, f"{name}.{part}", f"{first[id(module)]}.{part}")
+
+
 def _describe(graph: ir.Model, model: nn.Module) -> None:
     """Say in the metadata of a graph what each of its quantized linears is."""
-    linears = {
-        name: linear
-        for name, linear in sorted(model.named_modules())
-        if isinstance(linear, GraphLinear) and f"{name}.qweight" in graph.graph.initializers
+    made = {
+        name: module
+        for name, module in sorted(model.named_modules())
+        if isinstance(module, GraphLinear | GraphEmbedding) and f"{name}.qweight" in graph.graph.initializers
     }
+    linears = {name: module for name, module in made.items() if isinstance(module, GraphLinear)}
     grids = {
         name: [
-            linear.grid.bits,
-            linear.grid.group,
-            linear.grid.symmetric,
-            linear.in_features,
-            str(linear.solved),
-            linear.product.kind,
+            module.grid.bits,
+            module.grid.group,
+            module.grid.symmetric,
+            module.in_features if isinstance(module, GraphLinear) else module.embedding_dim,
+            str(module.solved),
+            module.product.kind if isinstance(module, GraphLinear) else LOOKUP,
         ]
-        for name, linear in linears.items()
+        for name, module in made.items()
     }
     inputs = {
         name: [*astuple(linear.inputs), *(astuple(linear.limits) if linear.limits else (None, None))]
@@ -170,13 +182,15 @@ def _write(graph: ir.Model, path: Path) -> list[Path]:
 
 
 @contextmanager
-def _dense_embedding(model: PreTrainedModel) -> Iterator[None]:
-    """A packed token embedding dequantized: the graph that looks tokens up has a table of floats."""
+def _looked_up(model: PreTrainedModel) -> Iterator[None]:
+    """A packed token embedding as onnxruntime has it, or where it has none, dequantized."""
     packed = model.get_input_embeddings()
     if not isinstance(packed, QuantizedEmbedding):
         yield
         return
-    model.set_input_embeddings(packed.dense())
+    readable = has_operator(packed.grid, packed.embedding_dim)
+    made = GraphEmbedding(packed, model.dtype) if readable else packed.dense()
+    model.set_input_embeddings(made)
     try:
         yield
     finally:
@@ -185,7 +199,7 @@ def _dense_embedding(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _ready(model: PreTrainedModel, accuracy_level: int) -> Iterator[None]:
-    """Quantized linears as onnxruntime has them; attention as plain products.
+    """Quantized linears and a packed embedding as onnxruntime has them; attention as plain products.
 
     The graph of torch's fused attention guards against NaN in rows that see nothing, which costs a tenth of the time
     of a step and protects only padding.
@@ -193,7 +207,7 @@ def _ready(model: PreTrainedModel, accuracy_level: int) -> Iterator[None]:
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     linears = quantized_linears(model)
-    with _dense_embedding(model):
+    with _looked_up(model):
         try:
             for config, _ in before:
                 config._attn_implementation = "eager"

@@ -54,10 +54,14 @@ def summary(folder: Path) -> list[dict[str, Any]]:
     bytes: of their tensors, scales and zeros included. simulated: inputs are rounded in floating point beforehand.
     """
     found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for path in sorted((folder / "onnx").glob("*.onnx")):
         model = load(path)
         inputs = recorded_inputs(model)
         for name, (bits, group, symmetric, _, _, kind) in recorded_grids(path, model).items():
+            if name in seen:  # two graphs look tokens up in one table
+                continue
+            seen.add(name)
             rounded = dict(zip(("bits", "group", "symmetric"), inputs[name], strict=False)) if name in inputs else None
             entry = {
                 "weight": {"bits": bits, "group": group, "symmetric": symmetric},

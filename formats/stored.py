@@ -105,7 +105,7 @@ class Graphs:
         return read_weight(model, memory, grid)
 
     def _table(self, memory: str, record: TensorRecord) -> Tensor | None:
-        """A packed token embedding: a graph looks it up in a dense table, which holds the same values."""
+        """A packed token embedding that its graph looks up in a dense table, which holds the same values."""
         name = f"{memory}.weight"
         value = self.values.get(name) or self.values.get(self.aliases.get(name, ""))
         tensor = None if value is None else _tensor(value)

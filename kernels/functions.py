@@ -2,7 +2,7 @@
 
 An input's codes are uint8 around 128 on symmetric grids, 0 .. top on others, as kernels/grid.py rounds them: a scale is
 divided by, not multiplied by its inverse, so that codes are the same. Products on integers are exact in int32 up to
-2**31 / 2**15 = 65536 columns.
+2**31 / 2**15 = 65536 columns. MatMulIntegerToFloat takes one scale for all rows of its input, so tokens' come after it.
 """
 
 OPSET = 20
@@ -12,8 +12,10 @@ _HEADER = f'<domain: "vlmq", opset_import: ["" : {OPSET}, "com.microsoft" : 1]>'
 # Codes of tokens, symmetric: in one pass, by QuantizeLinear, which divides by 1, rounds, adds 128 and saturates.
 _TOKEN_CODES = f"""
     last = Constant <value_ints: ints = [-1]> ()
-    sizes = Abs (x)
-    largest = ReduceMax <keepdims: int = 1> (sizes, last)
+    greatest = ReduceMax <keepdims: int = 1> (x, last)
+    least = ReduceMin <keepdims: int = 1> (x, last)
+    depth = Neg (least)
+    largest = Max (greatest, depth)
     top = Constant <value_float: float = @top> ()
     step = Div (largest, top)
     smallest = Constant <value_float: float = {_SMALLEST}> ()
@@ -69,10 +71,8 @@ BODIES = {
     "TokenMatMul": f"""
 <top>
 (x, weight, scales, zeros) => (y) {{{_TOKEN_CODES}
-    sums = MatMulInteger (codes, weight, middle, zeros)
-    counts = Cast <to: int = 1> (sums)
-    rows = Mul (counts, scale)
-    y = Mul (rows, scales)
+    sums = com.microsoft.MatMulIntegerToFloat (codes, weight, one, scales, middle, zeros)
+    y = Mul (sums, scale)
 }}""",
     # a scale and a zero for each token; columns (out,) int32 are the sums of the weight's levels over its columns
     "UnevenTokenMatMul": f"""
@@ -99,10 +99,7 @@ BODIES = {
     most = Constant <value_float: float = @most> ()
     final = Cast <to: int = 2> (most)
     codes = Clip (wide, first, final)
-    sums = MatMulInteger (codes, weight, zero, zeros)
-    counts = Cast <to: int = 1> (sums)
-    rows = Mul (counts, scale)
-    y = Mul (rows, scales)
+    y = com.microsoft.MatMulIntegerToFloat (codes, weight, scale, scales, zero, zeros)
 }""",
     # simulated: the values that the codes stand for
     "RoundTensor": """

@@ -1,10 +1,11 @@
 """How onnxruntime multiplies by a quantized weight: which of its products, and the tensors they read.
 
-One linear becomes one of
+One linear, or embedding, becomes one of
 
     2, 4 or 8   MatMulNBits on containers of so many bits (kernels/nbits.py)
     4+2, 4+4    two MatMulNBits, of the low four bits of a code and of the bits above:  y = low + 16 high
-    int8        MatMulInteger, exact: codes int8 (in, out), inputs uint8
+    int8        a product of integers, exact: codes int8 (in, out), inputs uint8
+    lookup      no product: a table of tokens, of which rows are dequantized (kernels/graph_embedding.py)
 
 and one of the first two with its input rounded beforehand in floating point, `simulated`, where the grids have groups
 that no product on integers knows.
@@ -33,7 +34,8 @@ EXACT = {2: (4,), 3: (4,), 4: (4,), 5: (4, 4), 6: (4, 4), 8: (4, 4)}  # bits of 
 INT8 = {2: (2,), 3: (4,), 4: (4,), 5: (4, 2), 6: (4, 2), 8: (8,)}  # the same at level 4
 
 INTEGERS: Final = "int8"
-Kind = Literal["2", "4", "8", "4+2", "4+4", "int8"]
+LOOKUP: Final = "lookup"
+Kind = Literal["2", "4", "8", "4+2", "4+4", "int8", "lookup"]
 KINDS: dict[tuple[int, ...], Kind] = {(2,): "2", (4,): "4", (8,): "8", (4, 2): "4+2", (4, 4): "4+4"}
 
 
@@ -104,8 +106,10 @@ def unpack(tensors: Mapping[str, Tensor], kind: Kind, columns: int, grid: Grid) 
         zero = tensors["qzeros"].short() + half if not grid.symmetric else torch.full(scales.shape, half)
         codes = (qweight.T.short() + half).to(torch.uint8).contiguous()
         return QuantizedWeight(codes, scales[:, None].contiguous(), zero[:, None].to(torch.uint8), grid)
-    containers, own = Product(kind).containers, nbits.CONTAINERS[grid.bits]
-    blocks = scales.shape[1]
+    own, blocks = nbits.CONTAINERS[grid.bits], scales.shape[1]
+    if kind == LOOKUP:
+        return nbits.unpack(NBitsWeight(qweight.view(*scales.shape, -1), scales, tensors.get("qzeros"), columns, grid))
+    containers = Product(kind).containers
     if len(containers) == 1:
         qweight = _codes(qweight, containers[0], own)
         zeros = None

@@ -1,8 +1,13 @@
 """Output head and token embedding: left alone, quantized where asked, and never one behind the other."""
 
+import json
+
+import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from graphs import half
+from onnxruntime import InferenceSession
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -11,14 +16,17 @@ from vlmq.exporter import ends, simulate
 from vlmq.exporter.calibration import Calibration, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.errors import VlmqError
+from vlmq.exporter.evaluation.verify import audited
 from vlmq.exporter.load import load
-from vlmq.exporter.pipeline import Request, export
+from vlmq.exporter.pipeline import Request, export, plan
 from vlmq.exporter.quantize import quantize
 from vlmq.exporter.recipe import make_recipe
-from vlmq.formats import compressed_tensors, manifest
+from vlmq.formats import compressed_tensors, manifest, onnx_graphs
 from vlmq.formats.onnx_graphs import trace
+from vlmq.formats.onnx_weights import read_weights
 from vlmq.kernels.embedding import QuantizedEmbedding
-from vlmq.kernels.grid import Grid, to_grid
+from vlmq.kernels.graph_embedding import has_operator
+from vlmq.kernels.grid import BITS, ROW, Grid, to_grid
 from vlmq.kernels.linear import QuantizedLinear
 
 EMBEDDING = {
@@ -204,12 +212,70 @@ def test_a_tied_end_is_never_quantized_behind_the_others_back(recipe, where, rem
     assert "\n" not in said
 
 
-def test_the_graph_that_looks_tokens_up_has_the_dequantized_table(untied, random_samples, tmp_path):
-    exported(untied["llava-llama"], tmp_path / "out", random_samples, embedding={})
-    model = load(tmp_path / "out")
-    table = model.get_input_embeddings().quantized().dequantize()
+TABLES = [
+    *(("llava-llama", Grid(bits, 32, symmetric)) for bits in BITS for symmetric in (True, False)),
+    ("blip2-opt", Grid(4, ROW)),
+    ("blip2-t5", Grid(4, 32)),
+]
+
+
+@pytest.mark.parametrize(("variant", "grid"), TABLES, ids=str)
+def test_onnxruntime_looks_tokens_up_in_the_packed_table(variant, grid, tmp_path):
+    model = half(variant)
+    before = model.get_input_embeddings()
+    packed = QuantizedEmbedding.from_weight(to_grid(before.weight.detach().half(), grid))
+    model.set_input_embeddings(packed)
+    path = tmp_path / "embed_tokens.onnx"
+    ir.save(trace(model, "embed_tokens"), path)
+    ids = torch.randint(len(before.weight), (3, 5), generator=torch.Generator().manual_seed(0))
+    (found,) = InferenceSession(path).run(None, {"input_ids": ids.numpy()})
+    assert torch.equal(torch.from_numpy(found), packed(ids))
+    ((name, read),) = read_weights(path).items()
+    assert isinstance(model.get_submodule(name), QuantizedEmbedding)
+    solved = packed.quantized()
+    assert all(torch.equal(getattr(read, part), getattr(solved, part)) for part in ("codes", "scale", "zero"))
+    floats = [value for value in ir.load(path).graph.initializers.values() if value.dtype.is_floating_point()]
+    assert tuple(before.weight.shape) not in [tuple(value.shape) for value in floats]
+
+
+def test_a_table_whose_rows_end_within_a_block_is_looked_up_dense(monkeypatch):
+    assert not has_operator(Grid(4, ROW), 80)
+    assert has_operator(Grid(4, ROW), 96)
+    model = half("llava-llama")
+    packed = QuantizedEmbedding.from_weight(to_grid(model.get_input_embeddings().weight.detach(), Grid(4, ROW)))
+    model.set_input_embeddings(packed)
+    monkeypatch.setattr(onnx_graphs, "has_operator", lambda grid, columns: False)
     graph = trace(model, "embed_tokens")
     assert any(
-        torch.equal(torch.from_numpy(value.const_value.numpy()), table) for value in graph.graph.initializers.values()
+        torch.equal(torch.from_numpy(value.const_value.numpy()), packed.quantized().dequantize())
+        for value in graph.graph.initializers.values()
     )
-    assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+    assert model.get_input_embeddings() is packed
+
+
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
+def test_both_ends_are_packed_in_graphs_as_manifest_and_plan_say(variant, tiny_folders, random_samples, tmp_path):
+    request = Request(
+        str(tiny_folders[variant]),
+        tmp_path / "out",
+        make_recipe({"method": "rtn", "group_size": 32, **BOTH}),
+        calibration=str(random_samples[0].image.parent),
+        samples=6,
+        verify=False,
+    )
+    planned = plan(request)
+    export(request)
+    assert audited(tmp_path / "out", tiny_folders[variant])[1] == []
+    said = json.loads((tmp_path / "out" / "vlmq.json").read_text())["onnx"]["linears"]
+    assert [entry["linears"] for entry in said if entry["product"] == "lookup"] == [1]
+    (graphs,) = (part.bytes for part in planned.disk[1].parts if part.name == "ONNX graphs")
+    assert graphs == pytest.approx(sum(_weights(tmp_path / "out").values()), rel=0.01)
+
+
+def _weights(folder):
+    """Bytes of every initializer by name; of one that two graphs share, once."""
+    return {
+        name: value.const_value.nbytes
+        for path in (folder / "onnx").glob("*.onnx")
+        for name, value in ir.load(path).graph.initializers.items()
+    }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import exported
-from pictures import pictures, prompts
+from pictures import QUESTIONS, pictures, prompts
 from tiny import VARIANTS, processor
 from transformers import AutoProcessor
 
@@ -53,6 +53,46 @@ def test_image_features_and_logits_agree_to_float32_rounding(models):
     np.testing.assert_allclose(
         graphs.next_logits(pictures(), prompts(variant)), dense.next_logits(pictures(), prompts(variant)), atol=2e-5
     )
+
+
+class Counting:
+    """A session that notes how many rows it is given."""
+
+    def __init__(self, session):
+        self.session, self.given = session, []
+
+    def get_inputs(self):
+        return self.session.get_inputs()
+
+    def run(self, names, fed):
+        self.given.extend(len(value) for value in fed.values())
+        return self.session.run(names, fed)
+
+
+def test_questions_about_one_picture_look_at_it_once_and_are_answered_as_if_they_had_not(models, monkeypatch):
+    variant, graphs, packed, _ = models
+    one, other = pictures()[:2]
+    shown = [one, other, one, one, other]
+    asked = [prompts(variant)[place % len(QUESTIONS)] for place in range(len(shown))]
+    copies = [picture.copy() for picture in shown]
+    session = Counting(graphs.vision)
+    monkeypatch.setattr(graphs, "vision", session)
+    given = []
+    hook = packed.tower.embeddings.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    for engine, seen in ((graphs, session.given), (packed, given)):
+        answers = engine.generate(shown, asked, STEPS)
+        logits = engine.next_logits(shown, asked)
+        assert seen == [2, 2]
+        assert engine.generate(copies, asked, STEPS) == answers
+        np.testing.assert_allclose(engine.next_logits(copies, asked), logits, atol=2e-5)
+        assert seen == [2, 2, 5, 5]
+        said = [answer.tokens for answer in answers]
+        forced = engine.forced_logits(shown, asked, said)
+        for row, found in zip(engine.forced_logits(copies, asked, said), forced, strict=True):
+            np.testing.assert_allclose(found, row, atol=2e-5)
+        assert "".join(p.text for p in engine.stream(shown, asked, STEPS) if p.place == 4) == answers[4].text
+    hook.remove()
+    assert "forward" not in vars(packed.tower)
 
 
 def test_logits_change_with_the_picture(models):
@@ -105,7 +145,7 @@ without_torch()
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pictures import pictures, prompts
+from pictures import QUESTIONS, pictures, prompts
 answers = OnnxVlm(Path({str(folder)!r}), threads=1).generate(pictures(), prompts("blip2-opt"), {STEPS})
 assert sys.modules["torch"] is None
 print(json.dumps([answer.tokens for answer in answers]))

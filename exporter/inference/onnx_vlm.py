@@ -8,6 +8,7 @@ import numpy as np
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.inference.answers import Answer, Piece, Transcript, answers_of
+from vlmq.exporter.inference.once import distinct
 from vlmq.exporter.inference.processor import encode, open_processor, pad_outside, padding, read_json, stop_tokens
 from vlmq.exporter.inference.sampling import GREEDY, Sampling, chooser
 from vlmq.exporter.inference.sessions import Continuation, Provider, graph_file, open_session, read, run
@@ -111,7 +112,8 @@ class OnnxVlm:
         tokens, mask = np.asarray(encoded["input_ids"]), np.asarray(encoded["attention_mask"])
         embeds = self._embed(tokens)
         if images:
-            features = run(self.vision, encoded["pixel_values"])
+            first, which = distinct(images)
+            features = run(self.vision, encoded["pixel_values"][first])[which]
             places = tokens == self.image_token
             if places.sum() != features.shape[0] * features.shape[1]:
                 raise VlmqError(

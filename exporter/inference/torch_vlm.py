@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmq.exporter.inference.answers import Answer, Piece, Transcript, answers_of
+from vlmq.exporter.inference.once import seen_once
 from vlmq.exporter.inference.processor import encode, pad_outside, padding, stop_tokens
 from vlmq.exporter.inference.sampling import GREEDY, Choose, Sampling, chooser
 from vlmq.exporter.inference.steps import rows_of, said_at
@@ -22,11 +23,12 @@ class TorchVlm:
     """A transformers model and its processor."""
 
     def __init__(self, model: "PreTrainedModel", processor: "ProcessorMixin") -> None:
-        from vlmq.exporter.families import start_token  # imports transformers, which a process without torch does later
+        from vlmq.exporter.families import TOWERS, start_token  # transformers is imported later where no torch is
 
         self.model, self.processor = model.eval(), processor
         text = model.config.text_config
         self.start = start_token(text) if text.is_encoder_decoder else None
+        self.tower = model.get_submodule(TOWERS[model.config.model_type])
         pad_outside(processor, self.start is not None)
         self.stop = stop_tokens(
             getattr(model.generation_config, "eos_token_id", None),
@@ -43,7 +45,8 @@ class TorchVlm:
     ) -> list[Answer]:
         """The continuation of each prompt about its image, one batch; without images, of the text alone."""
         inputs = self._inputs(images, prompts)
-        tokens = self._generate(inputs, max_new_tokens, self.stop, _choosing(sampling, len(prompts)))
+        with seen_once(self.tower, images):
+            tokens = self._generate(inputs, max_new_tokens, self.stop, _choosing(sampling, len(prompts)))
         given = inputs["input_ids"].shape[1] if self.start is None else 1
         new = tokens[:, given:]  # generate() gives what it went on from back first
         return answers_of(new.tolist(), self.stop, self.processor)
@@ -65,7 +68,8 @@ class TorchVlm:
 
         def work() -> None:
             try:
-                self._generate(inputs, max_new_tokens, self.stop, choosing, _Handing(said))
+                with seen_once(self.tower, images):
+                    self._generate(inputs, max_new_tokens, self.stop, choosing, _Handing(said))
             finally:
                 said.put(None)
 
@@ -95,7 +99,7 @@ class TorchVlm:
         inputs = self._inputs(images, prompts)
         if self.start is not None:
             inputs["decoder_input_ids"] = torch.full((len(prompts), 1), self.start, device=self.model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), seen_once(self.tower, images):
             logits = self.model(**inputs).logits
         return logits[:, -1].float().cpu().numpy()
 
@@ -110,7 +114,8 @@ class TorchVlm:
             seen.append(logits)
             return said_at(answers, len(seen) - 1, padding(self.processor))
 
-        self._generate(self._inputs(images, prompts), max(map(len, answers)) + 1, None, [_Choosing(choose)])
+        with seen_once(self.tower, images):
+            self._generate(self._inputs(images, prompts), max(map(len, answers)) + 1, None, [_Choosing(choose)])
         return rows_of(seen, answers)
 
     def _generate(

@@ -11,6 +11,7 @@ from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.walk import Site
 from vlmq.formats.shards import MAX_SHARD_BYTES
 from vlmq.kernels import nbits
+from vlmq.kernels.graph_embedding import has_operator
 from vlmq.kernels.products import Kind, packed_bytes, product, unsaid
 
 REMEDY = "free some, or choose another --output"
@@ -58,12 +59,27 @@ def graph_float(work: Workload) -> int:
 
 
 def packed_in_graphs(work: Workload) -> int:
-    """Bytes of the packed linears of the graphs."""
+    """Bytes of what is packed in the graphs."""
     scale = graph_float(work)
-    return sum(
+    linears = sum(
         packed_bytes((site.rows, site.columns), scheme.grid, _kind(work, scheme), scale)
         for site, scheme in _packed(work)
     )
+    return linears + sum(_packed_ends(work).values())
+
+
+def _packed_ends(work: Workload) -> dict[str, int]:
+    """Bytes in the graphs of a packed token embedding, and of a head that is tied to it, by the weight's name."""
+    found, scale, tied = {}, graph_float(work), ends.find(work.skeleton)
+    for site, scheme in _quantized(work):
+        if site.kind != "embedding":
+            continue
+        shape = (site.rows, site.columns)
+        if has_operator(scheme.grid, site.columns):
+            found[f"{site.name}.weight"] = nbits.packed_bytes(shape, scheme.grid, scale)
+        if tied.tied:
+            found[f"{tied.head}.weight"] = packed_bytes(shape, scheme.grid, _kind(work, scheme), scale)
+    return found
 
 
 def repacked_in_graphs(work: Workload) -> int:
@@ -82,16 +98,21 @@ def _kind(work: Workload, scheme: Scheme) -> Kind:
 
 def _packed(work: Workload) -> Iterator[tuple[Site, Scheme]]:
     """The linears that are packed: not an embedding, nor a linear of which some rows stay dense."""
+    for site, scheme in _quantized(work):
+        dense = scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows
+        if site.kind != "embedding" and not dense:
+            yield site, scheme
+
+
+def _quantized(work: Workload) -> Iterator[tuple[Site, Scheme]]:
     for block in work.walk.blocks:
-        for site, scheme in (found for entry in block.inputs for found in work.quantized(entry)):
-            dense = scheme.rows and sum(rows.stop - rows.start for rows in scheme.rows) < site.rows
-            if site.kind != "embedding" and not dense:
-                yield site, scheme
+        for entry in block.inputs:
+            yield from work.quantized(entry)
 
 
 def dense_in_graphs(work: Workload) -> int:
     """Elements of the other parameters of the graphs: a tied head has its own weight there, a dead block none."""
-    packed = {f"{site.name}.weight" for site, _ in _packed(work)}
+    packed = {f"{site.name}.weight" for site, _ in _packed(work)} | set(_packed_ends(work))
     head = f"{ends.find(work.skeleton).head}.weight"
     once = {name for name, _ in work.skeleton.named_parameters()} | {head}
     return sum(count for name, count in work.sizes.items() if name in once - packed and not _is_dead(name, work))

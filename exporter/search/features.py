@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmq.exporter.families import TOWERS
 from vlmq.exporter.search.kept import Kept
 
 PIXELS = 32  # images of a batch of the vision encoder
-TOWERS = {"blip-2": "vision_model", "llava": "model.vision_tower"}  # of each family: the vision encoder
 
 
 class Features:
