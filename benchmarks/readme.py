@@ -1,4 +1,4 @@
-"""Put the measured results into README.md, between its two marks: `python benchmarks/readme.py`.
+"""Put the measured results into README.md, between its two marks, and docs/results.md: `python benchmarks/readme.py`.
 
 Only benchmarks/results/*.json is shown; nothing is typed by hand.
 """
@@ -10,7 +10,8 @@ import common
 
 from vlmq.exporter.demo.splits import prior_accuracy
 
-README = Path(__file__).parent.parent / "README.md"
+HOME = Path(__file__).parent.parent
+README, MORE = HOME / "README.md", HOME / "docs" / "results.md"
 START, END = "<!-- results -->\n", "<!-- /results -->"
 
 
@@ -90,9 +91,7 @@ def exports() -> str:
 
 
 def evaluation() -> str:
-    """The tables that papers print; nothing where the benchmark has not been run."""
-    if not (common.RESULTS / "evaluation.json").exists():
-        return ""
+    """The tables that papers print."""
     found, machine = results("evaluation")
     first = next(iter(found["models"].values()))["reference"]
     lines = [
@@ -119,7 +118,7 @@ def evaluation() -> str:
             weights = f"{'16 bits' if label == 'reference' else f'{label}, 4 bits'} ({row['engine']})"
             lines.append(f"| {' | '.join([model, weights, *scores, *takes, *captions])} |")
     notes = [f"{name}: {reason}." for name, reason in reasons.items()]
-    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n\n"
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def outliers() -> str:
@@ -159,7 +158,7 @@ def methods() -> str:
     lines = [
         "Every method at the same budgets, all components: accuracy in % of 2000 questions, and the divergence (KL, nats) of the "
         f"first token from the reference's, mostly of one seed (the table says which) ({machine['processor']}; `python benchmarks/methods.py`; "
-        "[all rows, intervals and verdicts](benchmarks/results/methods.md)).",
+        "[all rows, intervals and verdicts](../benchmarks/results/methods.md)).",
         "",
         "| method | W | A | granularity | " + " | ".join(f"{name}, {variant}" for name, variant in models) + " |",
         "|---|---|---|---|" + "---|" * len(models),
@@ -181,7 +180,7 @@ def methods() -> str:
             )
             cells.append(f"{means[0]:.1f} ({means[1]:.4f})" if means else "")
         lines.append(f"| {method} | {weights} | {inputs} | {granularity} | {' | '.join(cells)} |")
-    picture = "![Accuracy against bits per weight, by method](docs/methods.png)"
+    picture = "![Accuracy against bits per weight, by method](methods.png)"
     return "\n".join([*lines, "", picture])
 
 
@@ -205,14 +204,62 @@ def consumers() -> str:
     return "\n".join(lines)
 
 
+PARTS = {"decoder_model_merged": "decoder, a token", "vision_encoder": "vision encoder, a picture"}
+
+
+def runtime() -> str:
+    """Speed and memory of graphs at true shapes."""
+    found, machine = results("runtime")
+    lines = [
+        "Graphs at the shapes of BLIP-2 with OPT-2.7B, random weights, in onnxruntime on a CPU: one token at batch 1 after "
+        f"{found['past']} others, and one picture; g128 is the group, levels are onnxruntime's: 0 multiplies in float32, 4 in "
+        f"int8 ({machine['processor']}, {found['threads']} threads; `python benchmarks/runtime.py --layers 32 "
+        "--vision-blocks 39`).",
+        "",
+        "| part | layers | precision | ms | against fp32 | memory of the model | of fp32's | of the memory's rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    whole = {row["part"]: row["model_bytes"] for row in found["rows"] if row["precision"] == "fp32"}
+    for row in sorted(found["rows"], key=lambda row: list(PARTS).index(row["part"])):
+        rate = f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "-"
+        share = row["model_bytes"] / whole[row["part"]]
+        cells = [PARTS[row["part"]], str(row["count"]), row["precision"], f"{1000 * row['seconds']:.0f}"]
+        cells += [f"{row['faster']:.2f} x", f"{row['model_bytes'] / 1e9:.2f} GB", f"{share:.0%}", rate]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scale(whole: bool) -> str:
+    """What exports cost: of whole checkpoints, or of some layers of each transformer."""
+    found, machine = results("scale")
+    rows = [row for row in found if (row["blocks"] is None and row["scale"] == 1) == whole]
+    what = "of these shapes" if whole else "of so many layers of each transformer at true widths"
+    lines = [
+        f"Exports of random checkpoints {what}, 4 bits in groups of 128, every component, to safetensors: what the process took, by "
+        f"the operating system, beside what `vlmq plan` said ({machine['processor']}, {machine['threads']} thread, with other work "
+        "on the machine; `python benchmarks/scale.py`).",
+        "",
+        "| model | method | samples | processor time | wall time | peak memory | planned | read | written |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        part = row["shape"] + ("" if row["blocks"] is None else f", {row['blocks']} layers")
+        times = [f"{row[name] / 60:.1f} min" for name in ("cpu_seconds", "seconds")]
+        sizes = [
+            f"{row[name] / 1e9:.2f} GB" for name in ("peak_bytes", "planned_bytes", "source_bytes", "written_bytes")
+        ]
+        lines.append(f"| {' | '.join([part, row['method'], str(row['samples']), *times, *sizes])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(START)
+    before, rest = README.read_text().split(START)
     after = rest.split(END)[1]
     picture = "![Scenes, questions, and what the 16-bit and the 4-bit model answer](docs/answers.png)"
-    README.write_text(
-        f"{before}{START}{exports()}\n\n{picture}\n\n{evaluation()}{methods()}\n\n{outliers()}\n\n{consumers()}\n{END}{after}"
-    )
+    shown = [exports(), picture, evaluation(), runtime(), scale(whole=True), consumers()]
+    README.write_text(before + START + "\n\n".join(shown) + "\n" + END + after)
+    title = "# More results\n\nWritten by `python benchmarks/readme.py` from what the benchmarks measured."
+    MORE.write_text("\n\n".join([title, methods(), outliers(), scale(whole=False)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ class GraphEmbedding(nn.Module):
         self.qweight: Tensor
         self.scales: Tensor
         self.qzeros: Tensor | None
+        # Not a tied head's own tensors: the tracer would call them by its name.
+        scales = packed.scales.clone()
         self.register_buffer("qweight", packed.qweight.flatten(1))
-        self.register_buffer("scales", packed.scales.half() if dtype == torch.float16 else packed.scales)
-        self.register_buffer("qzeros", packed.qzeros)
+        self.register_buffer("scales", scales.half() if dtype == torch.float16 else scales)
+        self.register_buffer("qzeros", None if packed.qzeros is None else packed.qzeros.clone())
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(

@@ -186,6 +186,17 @@ def test_a_graph_holds_a_tied_head_twice_and_no_block_that_never_runs(configurat
         assert graphs == pytest.approx(tensors + extra, rel=1e-5)
 
 
+def test_packed_ends_are_as_small_in_graphs_as_their_bits(configurations):
+    recipe = {"method": "rtn", "bits": 4, "group_size": 128}
+    for name, vocabulary, width in (("blip2-opt-2.7b", 50304, 2560), ("llava-1.5-7b", 32064, 4096)):
+        dense, packed = (
+            planned(configurations[name], formats="onnx", recipe={**recipe, **ends}).disk[1].parts[1].bytes
+            for ends in ({}, {"head": {}, "embedding": {}})
+        )
+        weights = vocabulary * width
+        assert dense - packed == 2 * (2 * weights - (weights // 2 + 2 * weights // 128))  # a table, and a head
+
+
 def test_more_samples_take_more_disk_and_not_more_memory(configurations):
     few, many = (planned(configurations["llava-1.5-7b"], samples=samples) for samples in (512, 2048))
     assert abs(many.peak.bytes - few.peak.bytes) < few.peak.bytes * 0.01
