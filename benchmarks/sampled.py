@@ -22,7 +22,7 @@ KINDS = {  # the file, the function  ->  what it does
     ("vlmq/exporter/sums.py", "add"): "Gram matrices",
     ("vlmq/exporter/methods/awq.py", "rescale"): "searching scales",
     ("vlmq/exporter/methods/awq.py", "clip"): "searching ranges",
-    ("vlmq/exporter/methods/gptq.py", "inverse_factor"): "factoring",
+    ("vlmq/exporter/methods/gptq.py", "upper_factor"): "factoring",
     ("vlmq/exporter/methods/gptq.py", "_move"): "moving columns",
     ("vlmq/exporter/methods/gptq.py", "_round_columns"): "rounding columns",
     ("vlmq/exporter/checkpoint.py", "_stored"): "reading",

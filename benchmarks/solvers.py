@@ -12,7 +12,7 @@ of two 2048 x 2048 matrices: for sums over the Gram matrix half of it, since it 
 | rtn      | round to nearest                                 | none: it is limited by memory                         |
 | scale    | AWQ's search for a scale, 20 candidates          | 20 out in^2                                           |
 | clip     | AWQ's search for ranges, and the codes           | 11 * 2 out in 128                                     |
-| gptq     | GPTQ, ordered by activation, with clipped ranges | out in^2, in^3 / 3 * 2 in float64, and those of clip  |
+| gptq     | GPTQ, ordered by activation, with clipped ranges | out in^2, in^3 / 3 in float64, and those of clip      |
 | loss     | the error that a site is reported with           | 2 out in^2                                            |
 """
 
@@ -72,7 +72,7 @@ STEPS: dict[str, tuple[Work, Callable[[int, int], tuple[float, float]]]] = {  # 
         lambda weight, seen: gptq.solve(weight, seen, Scheme("gptq", GRID), HALF),
         lambda rows, columns: (
             rows * columns**2 + len(awq.SHRINKS) * 2 * rows * columns * GRID.group,
-            columns**3 * 2 / 3,
+            columns**3 / 3,
         ),
     ),
     "loss": (

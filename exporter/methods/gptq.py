@@ -1,27 +1,34 @@
 """GPTQ: columns rounded one by one, each one's error made good by those that follow (Frantar et al., arXiv 2210.17323).
 
-Section 3, eq. 2 and 3, Algorithm 1. With H = sum w x x^T + damp * mean(diag H) I and U the upper Cholesky factor of its
-inverse (H^-1 = U^T U), rounding column j of the weight moves the columns k > j by
+Section 3, eq. 2 and 3, and Algorithm 1, which needs the inverse of H = sum w x x^T + damp * mean(diag H) I and a factor
+of that. Here H itself is factored, H = R R^T with R upper, which is half of the work: the error ||Q x - W x||^2 is the
+sum over rows of ||(q - w) R||^2, of which column k is
 
-    -(w_j - q_j) * U_jk / U_jj
+    (q_k - w_k) R_kk + sum over j < k of (q_j - w_j) R_jk
 
-which minimises ||Q x - W x||^2 over what is not rounded yet. Columns come in order or by falling diag H (act_order).
-The columns beyond a block of 128 are moved once a block (section 3, step 2).
+so that after columns j < k are rounded, column k errs least where it is rounded from
+
+    w_k + sum over j < k of (w_j - q_j) R_jk / R_kk
+
+which is where the paper has moved it to by then. Columns come in order or by falling diag H (act_order). The columns
+beyond a block of 128 are moved once a block (section 3, step 2).
 
 Ranges fitted beforehand are those with which rounding to nearest errs least (option `clip`; the paper takes each
 group's extremes): on correlated inputs that halves what is left of the error at 2 and 3 bits.
 
 `gptaq`, asymmetric calibration (Li et al., arXiv 2504.02692, Algorithm 1), aims at ||Q x - W r||^2, where r is what
 the full-precision model reads in place of x. The part of W (r - x) that column j answers for, w_j (r_j - x_j), is left
-to the columns k > j, whose least squares have the inverse U_k>j^T U_k>j. They also move by
+to the columns k > j, whose least squares have the inverse U_k>j^T U_k>j, U = R^-1. They also move by
 
     +w_j * P_jk,    P = striu(C U^T) U,    C = sum w (r - x) x^T
 
-where striu keeps what is above the diagonal. Here w_j is the weight as moved so far, and P is not damped by a factor.
+where striu keeps what is above the diagonal. Here w_j is the weight as moved so far, and P is not damped by a factor;
+what is moved so counts as the weight that was given.
 """
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
 from vlmq.exporter.errors import VlmqError
@@ -34,7 +41,6 @@ BLOCK = 128  # columns rounded before the columns beyond them are moved
 STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
 SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
 STACK = 2**24  # values that go through the column loop together: bounds what is needed beside the weight
-PANEL = 512  # columns that a factor is inverted by
 STRIPE = 64  # columns that a factor is put in order or scaled by: bounds what is needed beside it
 ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
 
@@ -87,34 +93,35 @@ def _shrink(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dty
 def _moves(statistics: Statistics, order: Tensor, damp: float, asymmetric: bool) -> list[Tensor]:
     """How a rounded column moves those that follow, each (in, in) float32, columns in `order`.
 
-    First by its error, then, if asymmetric, by its value.
+    First by its error, R_jk / R_kk, then, if asymmetric, by its value.
     """
     if asymmetric and statistics.cross is None:
         raise ValueError("gptaq needs what the full-precision model reads; statistics.cross is missing")
-    factor = inverse_factor(statistics.gram, damp, order)
+    factor = upper_factor(statistics.gram, damp, order)
     by_value = []
     if asymmetric and statistics.cross is not None:
         cross = statistics.cross[order][:, order].double()
-        by_value.append(((cross @ factor.T).triu_(1) @ factor).float())
+        given = solve_triangular(factor.T, cross, upper=False, left=False).triu_(1)
+        by_value.append(solve_triangular(factor, given, upper=True, left=False).float())
     return [_by_error(factor), *by_value]
 
 
 def _by_error(factor: Tensor) -> Tensor:
-    """-U_jk / U_jj in float32, written over U, whose columns lie side by side: half of its memory is then idle."""
+    """R_jk / R_kk in float32, written over R, whose columns lie side by side: half of its memory is then idle."""
     size, diagonal = len(factor), factor.diagonal().clone()
     columns = factor.mT
     moves = columns.view(torch.float32).flatten()[: size * size].view(size, size)
     for panel in _panels(size, STRIPE):  # never ahead of what is read: a column is half as long as it was
-        moves[panel] = (columns[panel] / diagonal).neg_()
+        moves[panel] = columns[panel] / diagonal[panel].unsqueeze(1)
     return moves.mT
 
 
-def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped Gram matrix: (in, in)  ->  (in, in) float64.
+def upper_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
+    """R, upper triangular, with R R^T the damped Gram matrix: (in, in)  ->  (in, in) float64, columns side by side.
 
     Rows and columns are put in `order` (in,) first. A channel that is always 0 gets diagonal 1.
     """
-    backwards = order.flip(0)  # a lower factor read backwards is upper: H = M M^T, so that U = M^-1
+    backwards = order.flip(0)  # a lower factor read backwards is upper
     inputs = gram.diagonal()[backwards]
     share = damp * inputs.double().mean()
     # At 11008 columns it is 1 GB, so there is one such matrix; LAPACK works in place on columns that lie side by side.
@@ -126,27 +133,12 @@ def inverse_factor(gram: Tensor, damp: float, order: Tensor) -> Tensor:
         factor.diagonal().add_(share * 10**attempt).masked_fill_(inputs == 0, 1)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            _invert(factor)
             _turn(factor)
             return factor
     raise VlmqError(
         f"the Gram matrix of an input cannot be factored, not even with damp={damp * 10 ** (ATTEMPTS - 1):g}; "
         "calibrate with more samples or --option damp=0.1"
     )
-
-
-def _invert(lower: Tensor) -> None:
-    """The inverse X of a lower triangular matrix L, in place, a panel of columns after the other from the last on:
-
-    X_jj = L_jj^-1 and, below it, X_ij = -(sum over k from j + 1 to i of X_ik L_kj) X_jj.
-    """
-    for panel in reversed(_panels(len(lower), PANEL)):
-        identity = torch.eye(panel.stop - panel.start, dtype=lower.dtype, device=lower.device)
-        corner = torch.linalg.solve_triangular(lower[panel, panel], identity, upper=False)
-        for rows in reversed(_panels(len(lower), PANEL, panel.stop)):  # what is above is still to be read
-            between = slice(panel.stop, rows.stop)
-            lower[rows, panel] = (lower[rows, between] @ lower[between, panel] @ corner).neg_()
-        lower[panel, panel] = corner
 
 
 def _turn(matrix: Tensor) -> None:
@@ -161,8 +153,8 @@ def _turn(matrix: Tensor) -> None:
         columns[len(matrix) // 2] = columns[len(matrix) // 2].flip(0)
 
 
-def _panels(stop: int, width: int, start: int = 0) -> list[slice]:
-    return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
+def _panels(stop: int, width: int) -> list[slice]:
+    return [slice(first, min(first + width, stop)) for first in range(0, stop, width)]
 
 
 def _round_columns(
@@ -180,7 +172,8 @@ def _round_columns(
     A column is a row here, since its values then lie side by side.
     """
     codes = torch.empty_like(weight, dtype=torch.uint8)
-    errors = torch.empty_like(weight)
+    errors = weight.clone()  # of a rounded column what it lost of the weight given; of the others that weight
+    by_error = moves[0]
     width = grid.width(len(weight))
     steps, offsets = scale.float(), zero.float()
     # A group that is fitted on the way lies in one block, whose columns are up to date where a group begins.
@@ -192,27 +185,44 @@ def _round_columns(
             for column in range(first, last):
                 group = order[column] // width
                 if not static and column % width == 0:
-                    scale[group], zero[group] = (
-                        fitted.squeeze(1) for fitted in fit(weight[column : column + width].T, grid, scale.dtype)
-                    )
+                    best = _best(weight, errors, by_error, slice(column, column + width))
+                    scale[group], zero[group] = (fitted.squeeze(1) for fitted in fit(best.T, grid, scale.dtype))
                     steps[group], offsets[group] = scale[group], zero[group]
                 code = float_codes(weight[column], steps[group], offsets[group], grid)
                 codes[order[column]] = code
-                torch.sub(weight[column], code.sub_(offsets[group]).mul_(steps[group]), out=errors[column])
-                for move, source in zip(moves, (errors, weight), strict=False):
-                    weight[column + 1 : last] += move[column, column + 1 : last].unsqueeze(1) * source[column]
+                errors[column] -= code.sub_(offsets[group]).mul_(steps[group])
+                ahead = slice(column + 1, last)
+                weight[ahead] += by_error[column, ahead].unsqueeze(1) * errors[column]
+                for by_value in moves[1:]:
+                    moved = by_value[column, ahead].unsqueeze(1) * weight[column]
+                    weight[ahead] += moved
+                    errors[ahead] += moved
             _move(weight, errors, moves, slice(first, last), slice(last, stop))
         _move(weight, errors, moves, slice(start, stop), slice(stop, len(weight)))
     return codes
 
 
+def _best(weight: Tensor, errors: Tensor, by_error: Tensor, group: slice) -> Tensor:
+    """The columns of a group (width, out) that err least if none of them is rounded: what its range is fitted to.
+
+    Each is what it is moved to by all before it, those of the group included, which are not rounded yet: with d the
+    differences from the weight given, d_k + sum over j < k in the group of d_j R_jk / R_kk is what `weight` has.
+    """
+    given = errors[group]
+    behind = solve_triangular(by_error[group, group].T, weight[group] - given, upper=False, unitriangular=True)
+    return given + behind
+
+
 def _move(weight: Tensor, errors: Tensor, moves: list[Tensor], done: slice, ahead: slice) -> None:
-    """Move the columns `ahead` by what the columns `done` left: weight, errors (in, out); weight in place.
+    """Move the columns `ahead` by what the columns `done` left: weight, errors (in, out), in place.
 
     In slabs of rows: how a matrix product rounds depends on its shape, not on where a row lies in it.
     """
-    move = torch.cat([move[done, ahead].T for move in moves], dim=1)
-    left = [source[done] for source in (errors, weight)[: len(moves)]]
-    for first in range(0, weight.shape[1] if len(move) else 0, SLAB):
+    by_error, *by_value = (move[done, ahead].T for move in moves)
+    for first in range(0, weight.shape[1] if len(by_error) else 0, SLAB):
         slab = slice(first, first + SLAB)
-        weight[ahead, slab].addmm_(move, torch.cat([source[:, slab] for source in left]))
+        weight[ahead, slab].addmm_(by_error, errors[done, slab])
+        for move in by_value:
+            moved = move @ weight[done, slab]
+            weight[ahead, slab] += moved
+            errors[ahead, slab] += moved
