@@ -25,7 +25,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 SHAPES = ("blip2-opt-2.7b", "llava-1.5-7b")
 METHODS = ("rtn", "awq", "gptq")
-ACTIVATION_MEMORY = "256MiB"
+ACTIVATION_MEMORY = "16MiB"  # less than what any number of samples leaves between blocks: it lies on the disk
 SIDE = 400  # pixels of a picture, more than any of the shapes reads
 WHICH = ("shape", "scale", "blocks", "method", "samples")  # of two rows that agree in these the later one counts
 
