@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import vlmq
-from vlmq.exporter import consumers, ends, heap, release, workers
+from vlmq.exporter import consumers, ends, release, workers
 from vlmq.exporter import data as datas
 from vlmq.exporter.activations import MEMORY, Activations
 from vlmq.exporter.calibration import Calibration, prepared
@@ -110,7 +110,6 @@ def export(
 
     None on a worker that torchrun started beside the first: that one alone writes and verifies.
     """
-    heap.give_back()
     with workers.together():
         return _export(request, progress, tell)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vlmq.exporter import crosslayer, ends, modality, vision_tuning, workers
+from vlmq.exporter import crosslayer, ends, heap, modality, vision_tuning, workers
 from vlmq.exporter.calibration import Calibration, Call
 from vlmq.exporter.checkpoint import Checkpoint, release, tie
 from vlmq.exporter.devices import CPU
@@ -77,6 +77,7 @@ def quantize(
             for span in spans:
                 if stage.index(span[0]) < ahead:
                     continue
+                heap.give_back()
                 progress("quantizing", done, len(blocks))
                 if done + len(span) < len(blocks):
                     checkpoint.read_ahead(blocks[done + len(span)].name)
