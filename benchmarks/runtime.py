@@ -259,7 +259,8 @@ def all_rows(options: argparse.Namespace, kept: Path | None) -> list[dict[str, A
                 rows.append(measured(part, name, count, options, rate))
                 if kept:
                     kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    order = [*DECODERS, *ENCODERS]
+    return sorted(rows, key=lambda row: (row["part"] != DECODER, order.index(row["precision"])))
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
