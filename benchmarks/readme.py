@@ -220,7 +220,7 @@ def runtime() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     whole = {row["part"]: row["model_bytes"] for row in found["rows"] if row["precision"] == "fp32"}
-    for row in sorted(found["rows"], key=lambda row: list(PARTS).index(row["part"])):
+    for row in found["rows"]:
         rate = f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "-"
         share = row["model_bytes"] / whole[row["part"]]
         cells = [PARTS[row["part"]], str(row["count"]), row["precision"], f"{1000 * row['seconds']:.0f}"]

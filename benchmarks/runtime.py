@@ -16,6 +16,7 @@ A folder that is kept has the rows that are done: the same command goes on where
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -67,9 +68,7 @@ def build(part: str, precision: Precision, count: int, folder: Path) -> None:
         model = AutoModelForImageTextToText.from_config(config(part, count)).eval()
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2**22, generator=generator)
-    if (
-        precision.bits != 32
-    ):  # float16 holds it, as a checkpoint does; a float32 graph is to have float32 in its file, as usual
+    if precision.bits < 32:  # float16 holds it, as a checkpoint does; a float32 file is to have float32
         pool = pool.mul(256).round().div(256)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -310,7 +309,8 @@ def main() -> None:
 
     import common  # not before: a process that has loaded transformers is no smaller afterwards
 
-    print(common.write("runtime", f"python benchmarks/runtime.py {flags}", found))
+    only = f" --only {shlex.join(options.only)}" if options.only else ""
+    print(common.write("runtime", f"python benchmarks/runtime.py {flags}{only}", found))
 
 
 if __name__ == "__main__":

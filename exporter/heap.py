@@ -7,9 +7,7 @@ then come from heaps whose holes stay resident: after the 83 blocks of BLIP-2 2.
 import ctypes
 import sys
 
-APART = (
-    4 * 2**20
-)  # bytes from which memory is mapped, and unmapped when freed; the slabs that loops work on are smaller
+APART = 4 * 2**20  # bytes from which memory is mapped apart; the slabs that loops work on are smaller
 _M_MMAP_THRESHOLD = -3  # mallopt(3); once it is set it stays
 
 

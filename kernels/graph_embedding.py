@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmq.kernels import nbits
 from vlmq.kernels.embedding import QuantizedEmbedding
+from vlmq.kernels.graph_linear import MICROSOFT, symbolic
 from vlmq.kernels.grid import Grid
 
 
@@ -34,14 +35,11 @@ class GraphEmbedding(nn.Module):
         self.register_buffer("qzeros", None if packed.qzeros is None else packed.qzeros.clone())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::GatherBlockQuantized",
-            (self.qweight, ids, self.scales, *(() if self.qzeros is None else (self.qzeros,))),
-            {"bits": self.container, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1},
-            dtype=self.dtype,
-            shape=(*ids.shape, self.embedding_dim),
-            version=1,
-        )
+        zeros = () if self.qzeros is None else (self.qzeros,)
+        attributes = {"bits": self.container, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1}
+        shape = (*ids.shape, self.embedding_dim)
+        tensors = (self.qweight, ids, self.scales, *zeros)
+        return symbolic(f"{MICROSOFT}::GatherBlockQuantized", tensors, attributes, shape, self.dtype)
 
 
 def has_operator(grid: Grid, columns: int) -> bool:

@@ -96,14 +96,15 @@ class GraphLinear(nn.Module):
 
     def _node(self, operator: str, tensors: tuple[Tensor, ...], attributes: dict, domain: str = OURS) -> Tensor:
         shape = (*tensors[0].shape[:-1], self.out_features)
-        return _symbolic(f"{domain}::{operator}", tensors, attributes, shape)
+        return symbolic(f"{domain}::{operator}", tensors, attributes, shape, tensors[0].dtype)
 
     def _round(self, operator: str, tensors: tuple[Tensor, ...], attributes: dict) -> Tensor:
-        return _symbolic(f"{OURS}::{operator}", tensors, attributes, tensors[0].shape)
+        return symbolic(f"{OURS}::{operator}", tensors, attributes, tensors[0].shape, tensors[0].dtype)
 
 
-def _symbolic(operator: str, tensors: tuple[Tensor, ...], attributes: dict, shape: tuple) -> Tensor:
-    return torch.onnx.ops.symbolic(operator, tensors, attributes, dtype=tensors[0].dtype, shape=shape, version=1)
+def symbolic(operator: str, tensors: tuple[Tensor, ...], attributes: dict, shape: tuple, dtype: torch.dtype) -> Tensor:
+    """What the tracer takes for a node of the operator; its one output has the shape and the dtype."""
+    return torch.onnx.ops.symbolic(operator, tensors, attributes, dtype=dtype, shape=shape, version=1)
 
 
 def _uneven_tokens(inputs: Grid) -> bool:

@@ -145,7 +145,7 @@ without_torch()
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pictures import QUESTIONS, pictures, prompts
+from pictures import pictures, prompts
 answers = OnnxVlm(Path({str(folder)!r}), threads=1).generate(pictures(), prompts("blip2-opt"), {STEPS})
 assert sys.modules["torch"] is None
 print(json.dumps([answer.tokens for answer in answers]))

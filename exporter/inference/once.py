@@ -1,6 +1,6 @@
 """A batch's questions about one picture: the vision encoder, most of what a short answer costs, sees it once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,18 @@ def seen_once(tower: "nn.Module", images: Sequence["Image"]) -> Iterator[None]:
     def once(pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
         return _picked(forward(pixel_values[first], *args, **kwargs), which)
 
-    tower.forward = once  # of this module alone; its hooks run as ever
+    with instead(tower, once):
+        yield
+
+
+@contextmanager
+def instead(module: "nn.Module", forward: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile a module has another forward; its hooks run as ever."""
+    module.forward = forward  # of this module alone, not of its class
     try:
         yield
     finally:
-        del tower.forward
+        del module.forward
 
 
 def _picked(output: Any, which: list[int]) -> Any:

@@ -45,8 +45,7 @@ class TorchVlm:
     ) -> list[Answer]:
         """The continuation of each prompt about its image, one batch; without images, of the text alone."""
         inputs = self._inputs(images, prompts)
-        with seen_once(self.tower, images):
-            tokens = self._generate(inputs, max_new_tokens, self.stop, _choosing(sampling, len(prompts)))
+        tokens = self._generate(images, inputs, max_new_tokens, self.stop, _choosing(sampling, len(prompts)))
         given = inputs["input_ids"].shape[1] if self.start is None else 1
         new = tokens[:, given:]  # generate() gives what it went on from back first
         return answers_of(new.tolist(), self.stop, self.processor)
@@ -68,8 +67,7 @@ class TorchVlm:
 
         def work() -> None:
             try:
-                with seen_once(self.tower, images):
-                    self._generate(inputs, max_new_tokens, self.stop, choosing, _Handing(said))
+                self._generate(images, inputs, max_new_tokens, self.stop, choosing, _Handing(said))
             finally:
                 said.put(None)
 
@@ -114,12 +112,13 @@ class TorchVlm:
             seen.append(logits)
             return said_at(answers, len(seen) - 1, padding(self.processor))
 
-        with seen_once(self.tower, images):
-            self._generate(self._inputs(images, prompts), max(map(len, answers)) + 1, None, [_Choosing(choose)])
+        inputs, steps = self._inputs(images, prompts), max(map(len, answers)) + 1
+        self._generate(images, inputs, steps, None, [_Choosing(choose)])
         return rows_of(seen, answers)
 
     def _generate(
         self,
+        images: Sequence["Image"],
         inputs: dict[str, "torch.Tensor"],
         max_new_tokens: int,
         stop: set[int] | None,
@@ -138,7 +137,7 @@ class TorchVlm:
             pad_token_id=padding(self.processor),
             decoder_start_token_id=self.start,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), seen_once(self.tower, images):
             return self.model.generate(
                 **inputs,
                 generation_config=greedy,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmq.exporter.families import TOWERS
+from vlmq.exporter.inference.once import instead
 from vlmq.exporter.search.kept import Kept
 
 PIXELS = 32  # images of a batch of the vision encoder
@@ -65,11 +66,8 @@ def _remembering(tower: nn.Module, seen: list[Any], number: int, limit: int) -> 
             seen[number] = output
         return output
 
-    tower.forward = remembered  # of this module alone; its hooks run as ever
-    try:
+    with instead(tower, remembered):
         yield
-    finally:
-        del tower.forward
 
 
 def fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str | None:
