@@ -573,7 +573,10 @@ def allocate(
     ] = "safetensors",
     calibration: Calibrated = None,
     samples: NumberOfSamples = 128,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn, and answers.")] = 0,
+    asked: Annotated[
+        int, typer.Option(min=1, help="Samples drawn, of which the task's are asked what changes.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -591,7 +594,7 @@ def allocate(
     if output and not output.parent.is_dir():
         raise VlmqError(f"{output.parent}: no such folder; create it or choose another --output")
     sizes = tuple(group_of(each) for each in groups.split(",")) if groups else ()
-    request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, seed)
+    request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, asked, seed)
     with bars(as_json) as progress:
         found = run_allocate(request, progress)
     content = found.recipe.content()

@@ -52,7 +52,7 @@ from vlmq.exporter.walk import walk
 from vlmq.formats import json_lines
 
 MEASURED = common.RESULTS / "allocation.jsonl"
-GROUP, SAMPLES = 64, 128
+GROUP, SAMPLES, DRAWN = 64, 128, 768
 BUDGETS = (3, 4)  # bits of the uniform recipe whose bytes an allocated one may have
 ASKED = ("vqa", "captions")
 SCORE = {"vqa": ("accuracy", 1.0), "captions": ("CIDEr", 0.01)}  # and what its unit is, of a point
@@ -145,6 +145,7 @@ def measure(row: Row) -> dict[str, Any]:
             task,
             calibration=str(demo_folder("calibration")),
             samples=SAMPLES,
+            asked=DRAWN,
             seed=row.seed,
         )
         chosen = allocate.allocations(request, [str(size) for size in sizes.values()])

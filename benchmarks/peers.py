@@ -38,6 +38,7 @@ SURROUNDINGS = {
 }
 KEPT = [part for name in ("vision", "connector") for part in (f"--{name}-bits", "16")]
 GRID = ["--bits", "4", "--group-size", "128", "--symmetric", *KEPT]
+OURS = ["--format", "safetensors", "--no-verify", "--no-gate"]  # `reload.py` asks of all tools who reads it
 
 
 class Failed(Exception):  # noqa: N818 - a result like others
@@ -57,7 +58,7 @@ class Tool:
     def command(self, inputs: Path, output: Path, environments: Path) -> list[str]:
         if self.environment is None:
             files = ["--calibration", str(inputs / "calibration"), "-o", str(output / "model")]
-            chosen = ["--method", self.method, *GRID, "--samples", "16", "--no-verify", "--format", "safetensors"]
+            chosen = ["--method", self.method, *GRID, "--samples", "16", *OURS]
             return [sys.executable, "-m", "vlmq.cli", "export", str(inputs / "checkpoint"), *chosen, *files]
         script = SCRIPTS / f"run_{self.environment.replace('-', '_')}.py"
         return [self.python(environments), str(script), self.method, str(inputs), str(output)]

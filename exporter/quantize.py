@@ -178,6 +178,7 @@ def _quantize_span(span: tuple[Block, ...], given: Given, calls: list[Call], las
     for block, rounding in zip(span, roundings, strict=True):
         rounding.remove()
         release(given.model.get_submodule(block.name))
+    heap.give_back()
     return finished
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlmq.exporter import folds, workers
+from vlmq.exporter import folds, heap, workers
 from vlmq.exporter.calibration import Call, Wanted, gather
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.devices import CPU
@@ -120,6 +120,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
             solved[name] = _solved(name, weight, given, seen, folded[name])
             if seen is not None and _is_searched(name, given):
                 rows[name] = seen.rows.cpu()
+        heap.give_back()
     changed = _settle(block, given, before, solved)
     return QuantizedBlock(block, {name: _home(each) for name, each in solved.items()}, changed, rows)
 

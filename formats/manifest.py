@@ -14,7 +14,7 @@ from vlmq.formats import compressed_tensors, layouts
 from vlmq.formats.compressed_tensors import Grids
 from vlmq.formats.errors import FormatError
 from vlmq.formats.shards import Header, headers
-from vlmq.kernels.grid import Grid, Limits, QuantizedWeight
+from vlmq.kernels.grid import ROWS, Grid, Limits, QuantizedWeight
 
 NAME = "vlmq.json"
 VERSION = 1
@@ -123,7 +123,6 @@ def record(
     limits: Limits | None = None,
 ) -> TensorRecord:
     """What the manifest says of a weight, and of its input, as `compressed_tensors.pack` stores them."""
-    tensors = compressed_tensors.pack("", weight, inputs, limits)
     rows, columns = weight.shape
     grid = weight.grid
     return TensorRecord(
@@ -135,7 +134,7 @@ def record(
         fold=fold,
         inputs=inputs,
         limits=limits and (limits.low, limits.high),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        bytes=compressed_tensors.packed_bytes((rows, columns), grid, weight.scale.itemsize, inputs),
         sha256=digest(weight),
     )
 
@@ -161,12 +160,20 @@ def record_dense(
 
 def digest(weight: QuantizedWeight) -> str:
     """sha256 of the dequantized float32 weight, row by row, little endian: the same however it is stored."""
-    return digest_of(weight.dequantize())
+    return _sha256(slab.dequantize() for slab in weight.slabs())
 
 
 def digest_of(weight: Tensor) -> str:
     """The same of a dense weight."""
-    return hashlib.sha256(weight.float().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
+    return _sha256(weight.split(ROWS))
+
+
+def _sha256(slabs: Iterable[Tensor]) -> str:
+    """Of the rows one after the other, so that none of a large weight is there twice."""
+    found = hashlib.sha256()
+    for slab in slabs:
+        found.update(slab.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
+    return found.hexdigest()
 
 
 def source(folder: Path, name: str, revision: str | None = None) -> Source:

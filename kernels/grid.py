@@ -11,6 +11,7 @@ The input of a linear (tokens, in) lies on a grid of the same kind: a row is a t
 comes (`ROW`: per token; groups: per token and group), or lie between limits known beforehand (`TENSOR`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,9 +76,17 @@ class QuantizedWeight:
     def to(self, device: torch.device) -> "QuantizedWeight":
         return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.grid)
 
+    def slabs(self) -> Iterator["QuantizedWeight"]:
+        """Some rows after the other: what is made of them passes through the processor's cache."""
+        parts = zip(self.codes.split(ROWS), self.scale.split(ROWS), self.zero.split(ROWS), strict=True)
+        return (QuantizedWeight(*part, self.grid) for part in parts)
+
     def dequantize(self) -> Tensor:
         """(out, in) float32: exact for 16-bit scales, whose product with a code has at most 24 significant bits."""
-        return dequantize(self.codes, self.scale, self.zero)
+        weight = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
+        for rows, slab in zip(weight.split(ROWS), self.slabs(), strict=True):
+            rows.copy_(dequantize(slab.codes, slab.scale, slab.zero))
+        return weight
 
 
 def fit(

@@ -1,10 +1,10 @@
 """Bits where they matter: the recipe of a budget that is expected to change a model's answers least.
 
-samples -> gradients and Gram matrices -> cost of every choice -> measured factors -> knapsack -> recipe
+samples -> what every choice changes -> what that does to answers -> measured factors -> best choices -> recipe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -22,9 +22,9 @@ from vlmq.exporter.recipe import Assignment, Recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import COUNT
-from vlmq.exporter.search import budget, knapsack
+from vlmq.exporter.search import budget, quadratic
 from vlmq.exporter.search.bench import Bench
-from vlmq.exporter.search.fisher import answered, channel_weights
+from vlmq.exporter.search.fisher import answered, effects, together
 from vlmq.exporter.search.pieces import mean_bits
 from vlmq.exporter.search.refine import Factors, Measurer
 from vlmq.exporter.search.rules import with_rules
@@ -35,13 +35,17 @@ from vlmq.exporter.walk import Walk
 from vlmq.kernels.grid import BITS
 
 Formats = Literal["safetensors", "onnx", "both"]
+ASKED = 512  # samples drawn: rare answers that change count for most of the divergence, and few samples have none
+TOGETHER = 16  # of them at once, where the weights are few: what is in between is then little too
+FEW = 2**25  # weights
 IN_GRAPHS = (2, 4, 8)  # bits whose container in an ONNX graph is no wider than they are
 
 
 @dataclass(frozen=True)
 class Request:
     """recipe: method, grids, and what is to stay at 16 bits; its other bits are chosen anew. groups: to choose from
-    too; none: as the recipe has them. formats: that are to hold the result."""
+    too; none: as the recipe has them. formats: that are to hold the result. samples: to calibrate on; asked: that are
+    drawn, those among them, of which the task's are asked."""
 
     model: str
     budget: str
@@ -52,6 +56,7 @@ class Request:
     revision: str | None = None
     calibration: str | None = None
     samples: int = COUNT
+    asked: int = ASKED
     seed: int = 0
 
 
@@ -61,8 +66,7 @@ class Allocated:
 
     bytes: of all weights; linears: of those that bits were chosen for and of the blocks' others, scales and zeros
     included; bits_per_weight: of these. predicted, measured: divergence from the reference in nats, on the samples
-    calibrated on. factors: by component, of each width measured, how much of its prediction came true. exact: whether
-    no better choice exists for these costs.
+    calibrated on. factors: by component, of each width measured, how much of its prediction came true.
     """
 
     recipe: Recipe
@@ -73,7 +77,6 @@ class Allocated:
     predicted: float
     measured: float
     factors: dict[Component, dict[int, float]]
-    exact: bool
 
 
 def allocate(request: Request, progress: Progress = silent) -> Allocated:
@@ -101,35 +104,42 @@ def allocations(
     elsewhere = whole.after - sum(site_bytes(site, base.schemes.get(site.name), width) for site in sites)
     pinned = sum(site_bytes(site, None, width) for site in sites if site.name not in base.schemes)
     allowed = [budget.in_bytes(text, whole.before, weights, elsewhere) - pinned for text in budgets]
-    data = datas.choose(checkpoint, request.calibration, None, request.samples, request.seed, verify=False)
+    drawn = max(request.samples, request.asked)
+    data = datas.choose(checkpoint, request.calibration, None, drawn, request.seed, verify=False)
     assert data.calibration is not None
-    samples = data.calibration.samples
-    asked = list(answered(fitting(request.task, samples), open_processor(checkpoint.folder), checkpoint))
-    with TemporaryDirectory(prefix="vlmq-allocate-") as pieces:
+    samples = data.calibration.samples[: request.samples]  # a smaller draw is the beginning of a larger one
+    telling = fitting(request.task, data.calibration.samples)
+    few = sum(parameter.numel() for parameter in skeleton.parameters()) <= FEW
+    asked = together(answered(telling, open_processor(checkpoint.folder), checkpoint), TOGETHER if few else 1)
+    with TemporaryDirectory(prefix="vlmq-allocate-") as pieces, TemporaryDirectory(prefix="vlmq-choices-") as changes:
         bench = Bench(request.model, request.revision, request.recipe.rotate, samples, Path(pieces))
-        free = [site for site in sites if site.name in base.schemes]
-        gradients = channel_weights(bench.model, free, asked, request.seed)
-        found = items(checkpoint, bench.model, walk, assignments, gradients, bench.batches, progress)
+        found = items(checkpoint, bench.model, walk, assignments, bench.batches, Path(changes), progress)
         for text, most in zip(budgets, allowed, strict=True):
             _refuse_too_little(text, found, most, pinned, elsewhere, weights)
-        measurer = Measurer(bench, asked, request.recipe, walk)
-        factors = measurer.factors(found, progress)
-        costs = [_refined(item, factors) for item in found]
-        made = []
-        for text, most in zip(budgets, allowed, strict=True):
-            solution = knapsack.solve([_offered(item) for item in costs], most)
-            assert solution is not None  # or it would be too little
-            chosen = {
-                name: _ordered(item)[place]
-                for item, place in zip(costs, solution.chosen, strict=True)
-                for name in item.sites
-            }
-            if all(choice.bits == FULL for choice in chosen.values()):
+            if sum(item.bytes[Choice(FULL)] for item in found) <= most:
                 raise VlmqError(f"--budget {text}: has room for every linear at 16 bits; give less")
-            recipe = with_rules(request.recipe, walk, chosen)
+        telling = effects(bench.model, found, asked, request.seed, progress=progress)
+        measurer = Measurer(bench, asked, request.recipe, walk)
+        factors = measurer.factors(found, telling, progress)
+        choices = [*found[0].choices, Choice(FULL)]
+        sizes = np.array([[item.bytes[choice] for choice in choices] for item in found])
+        predicted = telling.double().numpy()
+        costs = [quadratic.products(each) for each in (_refined(predicted, found, factors), _whole(predicted))]
+        made = []
+        for most in allowed:
+            candidates = _candidates(costs, sizes, most)
+            chosen = [_by_site(found, [choices[place] for place in places]) for places in candidates]
+            recipes = [with_rules(request.recipe, walk, each) for each in chosen]
+            measured = []
+            for done, recipe in enumerate(recipes):
+                progress("measuring candidates", done, len(recipes))
+                measured.append(measurer.divergence(recipe))
+            progress("measuring candidates", len(recipes), len(recipes))
+            best = int(np.argmin(measured))
+            places, recipe = candidates[best], recipes[best]
             final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
-            _check(final, assignments, chosen)
-            linears = solution.bytes + pinned
+            _check(final, assignments, chosen[best])
+            linears = _total(sizes, places) + pinned
             made.append(
                 Allocated(
                     recipe=recipe,
@@ -137,10 +147,9 @@ def allocations(
                     linears=linears,
                     bits_per_weight=8 * linears / weights,
                     bits=_mean_bits(walk, final),
-                    predicted=solution.cost,
-                    measured=measurer.divergence(recipe),
+                    predicted=quadratic.cost(costs[0], places),
+                    measured=measured[best],
                     factors={component: dict(factor.measured) for component, factor in factors.items()},
-                    exact=solution.exact,
                 )
             )
     return made
@@ -159,7 +168,6 @@ def in_words(found: Allocated) -> tuple[str, ...]:
         f"mean bits: {bits}",
         f"expected divergence of the answers {found.predicted:.4g} nats, measured on the calibration samples "
         f"{found.measured:.4g}; measured over predicted, component by component: {factors}",
-        *([] if found.exact else ["the sums were too many to keep all; a slightly better choice may exist"]),
     )
 
 
@@ -190,20 +198,32 @@ def _at(choice: Choice, recipe: Recipe, walk: Walk, base: Assignment) -> Assignm
     return with_rules(recipe, walk, free).assign(walk)
 
 
-def _ordered(item: Item) -> list[Choice]:
-    return sorted(item.bytes, key=lambda choice: (item.bytes[choice], -choice.bits))
+def _refined(found: np.ndarray, its: Sequence[Item], factors: Factors) -> np.ndarray:
+    """Effects (n, items, choices) times the root of what came true of their squares; with full precision's, none."""
+    factor = np.array([[factors[item.component].at(choice.bits) for choice in item.choices] for item in its])
+    return _whole(found * np.sqrt(factor))
 
 
-def _offered(item: Item) -> knapsack.Choices:
-    order = _ordered(item)
-    return knapsack.Choices(
-        np.array([item.bytes[choice] for choice in order], np.int64), np.array([item.cost[choice] for choice in order])
-    )
+def _whole(found: np.ndarray) -> np.ndarray:
+    """Effects with those of full precision."""
+    return np.pad(found, ((0, 0), (0, 0), (0, 1)))
 
 
-def _refined(item: Item, factors: Factors) -> Item:
-    of = factors[item.component]
-    return replace(item, cost={choice: of.at(choice.bits) * cost for choice, cost in item.cost.items()})
+def _candidates(costs: Sequence[np.ndarray], sizes: np.ndarray, most: int) -> list[tuple[int, ...]]:
+    """Choices worth measuring, each once: the best by every prediction, and the same for all as far as it goes."""
+    found = [quadratic.solve(cost, sizes, most) for cost in costs]
+    uniform = [(place,) * len(sizes) for place in range(sizes.shape[1])]
+    fitting = [places for places in uniform if _total(sizes, places) <= most]
+    found += [max(fitting, key=lambda places: _total(sizes, places))] if fitting else []
+    return list(dict.fromkeys(found))
+
+
+def _total(sizes: np.ndarray, places: Sequence[int]) -> int:
+    return int(sizes[np.arange(len(sizes)), list(places)].sum())
+
+
+def _by_site(found: Sequence[Item], choices: Sequence[Choice]) -> dict[str, Choice]:
+    return {name: choice for item, choice in zip(found, choices, strict=True) for name in item.sites}
 
 
 def _refuse_too_little(

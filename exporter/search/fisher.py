@@ -1,15 +1,20 @@
-"""How much an error in each output of each linear costs: the mean square of a gradient there.
+"""What an error in a weight does to a model's answers, to second order.
 
-To second order an error e of the outputs of a linear makes the answers diverge by 1/2 e^T F e nats, where F is the
-Fisher information J^T (diag p - p p^T) J: J is what the logits gain by the outputs, p what they say (Martens,
+An error D in the weight of a linear changes the logits by J D, and the answers then diverge by 1/2 E[a^2] nats, where
+
+    a = z . J D = sum over tokens t of g_t^T D x_t
+
+x_t is what the linear reads, g_t the gradient of z . logits by what it puts out, and z has the covariance of the answer
+under the model's own probabilities p, diag p - p p^T: then E[a^2] is D^T F D with the Fisher information F (Martens,
 arXiv 1412.1193, sections 6 and 8). Answers drawn from p would give F too, but a sure model hardly ever draws the ones
-that tell. With signs x of +-1, z = (diag(sqrt p) - p sqrt(p)^T) x has E[z z^T] = diag p - p p^T, so that F is the
-mean of g g^T, g the gradient of z . logits. Errors of different outputs are taken to be unrelated, so what is kept of g
-is its mean square for each output channel.
+that tell. With signs x of +-1, z = (diag(sqrt p) - p sqrt(p)^T) x has that covariance.
 
-The gradients are those of the tokens that answer a prompt; what a question says, no model has to foretell.
+So nothing is taken apart: errors of all channels and tokens of a linear, and of all linears, add up in `a`, with their
+signs, before it is squared. The answers are the tokens that follow a prompt; what a question says, no model has to
+foretell.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,9 +27,10 @@ from transformers import ProcessorMixin
 from vlmq.exporter.calibration import Inputs, decoder_inputs
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.images import open_image
+from vlmq.exporter.progress import Progress, silent
 from vlmq.exporter.runtime import check_image_tokens
 from vlmq.exporter.samples import Sample, prompt_of
-from vlmq.exporter.walk import Site
+from vlmq.exporter.search.sensitivity import Item
 
 DRAWS = 4  # of signs for each sample: one alone says little where samples are few
 
@@ -49,70 +55,112 @@ def answered(
         yield whole, whole["input_ids"].shape[1] - alone.shape[1]
 
 
+def together(samples: Iterable[tuple[Inputs, int]], most: int) -> list[tuple[Inputs, int]]:
+    """Samples of equal shapes as batches of `most` or fewer: inputs (b, ...). Nothing is padded."""
+    alike: dict[Any, list[Inputs]] = defaultdict(list)
+    for inputs, answer in samples:
+        shapes = tuple((name, each.shape) for name, each in inputs.items())
+        alike[answer, shapes].append(inputs)
+    return [
+        ({name: torch.cat([each[name] for each in group[begin : begin + most]]) for name in group[0]}, answer)
+        for (answer, _), group in alike.items()
+        for begin in range(0, len(group), most)
+    ]
+
+
 def foretelling(logits: Tensor, answer: int) -> Tensor:
-    """The logits of the tokens that answer: (tokens, vocabulary) -> (answer, vocabulary); none known: of the first."""
-    return logits[-answer - 1 : -1] if answer else logits[-1:]
+    """Logits of the tokens that answer, or of the first: (b, tokens, vocabulary) -> (b, answer, vocabulary)."""
+    return logits[:, -answer - 1 : -1] if answer else logits[:, -1:]
 
 
-def channel_weights(
-    model: nn.Module, sites: Sequence[Site], samples: Iterable[tuple[Inputs, int]], seed: int = 0, draws: int = DRAWS
-) -> dict[str, Tensor]:
-    """For every site: E[g^2] of each of its output channels (rows,), float64, summed over the tokens of a sample.
+def effects(
+    model: nn.Module,
+    items: Sequence[Item],
+    samples: Iterable[tuple[Inputs, int]],
+    seed: int = 0,
+    draws: int = DRAWS,
+    progress: Progress = silent,
+) -> Tensor:
+    """a of every draw, of every item at every choice below 16 bits: (draws * samples, items, choices) float32.
 
-    model: in memory, float32. The expectation is over samples and over `draws` signs for each; of an answer of several
-    tokens it is the mean over them. A site that a sample does not run counts 0 for it.
+    model: in memory, float32. Of an answer of several tokens, E[a^2] is the mean over them. A linear that a sample does
+    not run has no effect on it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    found = {site.name: torch.zeros(site.rows, dtype=torch.float64) for site in sites}
-    count = 0
-    for inputs, answer in samples:
-        for gradients in _gradients(model, sites, inputs, answer, generator, draws):
-            for name, gradient in gradients.items():
-                found[name] += gradient.double().square().flatten(0, -2).sum(0) / draws
-        count += 1
-    return {name: total / count for name, total in found.items()}
+    sites = [site for item in items for site in item.sites]
+    samples = list(samples)
+    found = []
+    for done, (inputs, answer) in enumerate(samples):
+        progress("effects", done, len(samples))
+        read, gradients = _seen(model, sites, inputs, answer, generator, draws)
+        count = len(inputs["input_ids"])
+        each = []
+        for item in items:
+            effect = torch.zeros(count, draws, len(item.choices))
+            for site, errors in item.changes():
+                if site in read:
+                    effect += _effect(errors, read[site], gradients[site], count)
+            each.append(effect)
+        found.append(torch.stack(each, 2).flatten(0, 1))
+    progress("effects", len(samples), len(samples))
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, samples: Iterable[tuple[Inputs, int]]) -> list[Tensor]:
-    """Of the tokens that answer each sample, (answer, vocabulary) float64."""
-    found = (foretelling(model(**inputs, use_cache=False).logits[0], answer) for inputs, answer in samples)
+    """Of the tokens that answer each sample, or several together: (b, answer, vocabulary) float64."""
+    found = (foretelling(model(**inputs, use_cache=False).logits, answer) for inputs, answer in samples)
     return [logits.double().log_softmax(-1) for logits in found]
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Mean KL(reference || other) in nats: over the tokens of an answer, then over samples."""
-    each = [(mine.exp() * (mine - theirs)).sum(-1).mean() for mine, theirs in zip(reference, other, strict=True)]
-    return float(torch.stack(each).mean())
+    each = [(mine.exp() * (mine - theirs)).sum(-1).mean(-1) for mine, theirs in zip(reference, other, strict=True)]
+    return float(torch.cat(each).mean())
 
 
 @torch.enable_grad()
-def _gradients(
-    model: nn.Module, sites: Sequence[Site], inputs: Inputs, answer: int, generator: torch.Generator, draws: int
-) -> list[dict[str, Tensor]]:
-    """dL/dy (..., rows) of every site's output y for one sample, for each of several draws."""
-    outputs: dict[str, Tensor] = {}
+def _seen(
+    model: nn.Module, sites: Sequence[str], inputs: Inputs, answer: int, generator: torch.Generator, draws: int
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """What every linear reads (b, ..., in), and the gradients by what it puts out (b, ..., out), of each draw."""
+    read: dict[str, Tensor] = {}
+    put_out: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # Nothing before the first site has a gradient; from there on all outputs hang together.
-        outputs[name] = output if output.requires_grad else output.requires_grad_()
-        return outputs[name]
+        read[name] = args[0].detach()
+        put_out[name] = output if output.requires_grad else output.requires_grad_()
+        return put_out[name]
 
     with ExitStack() as hooks:
         for site in sites:
-            hooks.callback(model.get_submodule(site.name).register_forward_hook(partial(keep, site.name)).remove)
-        logits = model(**inputs, use_cache=False).logits[0]
-    telling = foretelling(logits, answer)
+            hooks.callback(model.get_submodule(site).register_forward_hook(partial(keep, site)).remove)
+        telling = foretelling(model(**inputs, use_cache=False).logits, answer)
     p = telling.detach().softmax(-1)
-    names = list(outputs)
-    found = []
+    gradients: dict[str, list[Tensor]] = {name: [] for name in put_out}
     for _ in range(draws):
         signed = p.sqrt() * (2.0 * torch.randint(2, p.shape, generator=generator) - 1)
         z = signed - p * signed.sum(-1, keepdim=True)
-        # Signs of different tokens are apart: the square of the gradient of the sum is, in expectation, their sum.
-        loss = (z * telling).sum() / len(p) ** 0.5
-        ys = [outputs[name] for name in names]
-        gradients = torch.autograd.grad(loss, ys, allow_unused=True, retain_graph=True)
-        found.append({name: each for name, each in zip(names, gradients, strict=True) if each is not None})
-    return found
+        # Signs of different tokens are apart: the square of the sum is, in expectation, the sum of their squares.
+        loss = (z * telling).sum() / p.shape[1] ** 0.5
+        ys = list(put_out.values())
+        found = torch.autograd.grad(loss, ys, allow_unused=True, retain_graph=True)
+        for (name, y), gradient in zip(put_out.items(), found, strict=True):
+            gradients[name].append(torch.zeros_like(y) if gradient is None else gradient)
+    return read, gradients
+
+
+@torch.no_grad()
+def _effect(errors: Sequence[Tensor], x: Tensor, gradients: Sequence[Tensor], samples: int) -> Tensor:
+    """a of one linear for each of its errors (out, in): x (..., in), gradients (..., out) -> (samples, draws, errors).
+
+    Some decoders flatten what they read, (samples * tokens, in).
+    """
+    rows, columns = x.flatten(0, -2), []
+    for error in errors:
+        change = rows @ error.T  # of what it puts out
+        by_token = [(change * gradient.flatten(0, -2)).sum(-1) for gradient in gradients]
+        columns.append(torch.stack([tokens.view(samples, -1).sum(-1) for tokens in by_token], -1))
+    return torch.stack(columns, -1)

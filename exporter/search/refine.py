@@ -1,11 +1,13 @@
 """Predictions held against measurements: each component quantized alone, at few bits, and the answers' divergence.
 
-What was measured, divided by what was predicted, is a factor for the costs of that component: it makes up for errors
-that pile up through a component or cancel, and for answers that cannot diverge further.
+What was measured, divided by what was predicted, is a factor for the costs of that component: it makes up for what the
+second order leaves out, where errors are large, and for answers that cannot diverge further.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from vlmq.exporter import ends
 from vlmq.exporter.calibration import Inputs
@@ -18,7 +20,7 @@ from vlmq.exporter.search.grid import Configuration
 from vlmq.exporter.search.pieces import Piece, plan
 from vlmq.exporter.search.rules import with_rules
 from vlmq.exporter.search.sensitivity import Item
-from vlmq.exporter.settings import FULL
+from vlmq.exporter.simulate import simulate_batches
 from vlmq.exporter.walk import Walk
 
 BEGINNING = 4  # bits where answers begin to change; besides them the fewest, where they change much
@@ -51,21 +53,23 @@ class Measurer:
         self.bench, self.asked, self.recipe, self.walk = bench, asked, recipe, walk
         self.reference = log_probabilities(bench.model, asked)
 
-    def factors(self, items: Sequence[Item], progress: Progress) -> dict[Component, Factor]:
-        """Of every component that has items."""
+    def factors(self, items: Sequence[Item], effects: Tensor, progress: Progress) -> dict[Component, Factor]:
+        """Of every component that has items. effects: of `fisher.effects` (n, items, choices)."""
         components = list(dict.fromkeys(item.component for item in items))
         found: dict[Component, dict[int, float]] = {component: {} for component in components}
-        offered = sorted({choice.bits for choice in items[0].cost} - {FULL})
+        choices = items[0].choices
+        offered = sorted({choice.bits for choice in choices})
         widths = sorted({offered[0], min(offered, key=lambda bits: abs(bits - BEGINNING))})
         done, total = 0, len(components) * len(widths)
         for bits in widths:
-            choice = next(choice for choice in items[0].cost if choice.bits == bits)
-            recipe = with_rules(self.recipe, self.walk, {name: choice for item in items for name in item.sites})
+            place = next(place for place, choice in enumerate(choices) if choice.bits == bits)
+            recipe = with_rules(self.recipe, self.walk, {name: choices[place] for item in items for name in item.sites})
             for piece in self._pieces(recipe):
                 if piece.component not in found:
                     continue
                 progress("measuring components", done, total)
-                predicted = sum(item.cost[choice] for item in items if item.component == piece.component)
+                its = [number for number, item in enumerate(items) if item.component == piece.component]
+                predicted = float(effects[:, its, place].double().sum(1).square().mean()) / 2
                 measured = self._divergence([piece])
                 found[piece.component][bits] = max(measured / predicted, LEAST) if predicted > 0 else 1.0
                 done += 1
@@ -73,8 +77,9 @@ class Measurer:
         return {component: Factor(measured) for component, measured in found.items()}
 
     def divergence(self, recipe: Recipe) -> float:
-        """Of a whole recipe, its components calibrated apart, in nats."""
-        return self._divergence(self._pieces(recipe))
+        """Of a whole recipe, quantized as an export does it, in nats."""
+        model, _ = simulate_batches(self.bench.checkpoint, recipe, self.bench.batches)
+        return divergence(self.reference, log_probabilities(model, self.asked))
 
     def _pieces(self, recipe: Recipe) -> Sequence[Piece]:
         checkpoint = self.bench.checkpoint

@@ -1,18 +1,17 @@
-"""What every choice for every input costs: the error of the linears that read it, weighed by what it does to the loss.
+"""What every choice for every input changes of a model's weights.
 
-For a choice of bits the linears that read an input are solved as an export would solve them, from the Gram matrix H of
-the input in full precision. D is what that changes of a weight, so e_j = (D H D^T)_jj / tokens is the mean square error
-of output channel j, and with the mean square gradients G_j of `fisher.py` the divergence of the answers grows by about
-
-    1/2 sum_j G_j e_j        nats
-
-Errors of different linears are taken to add up. What that leaves out is measured for each component (`refine.py`).
+For a choice of bits the linears that read an input are solved as an export would solve them, from the Gram matrix of
+the input in full precision. What that changes of each weight, D, waits on the disk until `fisher.py` asks what it does
+to the answers.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from vlmq.exporter.recipe import Assignment
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.settings import FULL
 from vlmq.exporter.solving import Given, choose_scale, dense, solve_input
-from vlmq.exporter.statistics import Statistics, row_losses
+from vlmq.exporter.statistics import Statistics
 from vlmq.exporter.walk import Block, Input, Site, Walk
 from vlmq.formats.compressed_tensors import packed_bytes
 
@@ -41,12 +40,27 @@ class Choice:
 
 @dataclass(frozen=True)
 class Item:
-    """Linears that read one input and so get one choice: of each choice the bytes, and the cost in nats."""
+    """Linears that read one input and so get one choice: the bytes of each, and a file of what each changes."""
 
     component: Component
     sites: tuple[str, ...]
     bytes: dict[Choice, int]
-    cost: dict[Choice, float]
+    file: Path
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Below 16 bits, which change nothing."""
+        return [choice for choice in self.bytes if choice.bits != FULL]
+
+    def changes(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Every linear, and D (out, in) float32 of every choice."""
+        with safe_open(self.file, "pt") as file:
+            for site in self.sites:
+                yield site, [file.get_tensor(_key(choice, site)).float() for choice in self.choices]
+
+
+def _key(choice: Choice, site: str) -> str:
+    return f"{choice.bits}/{choice.group}/{site}"
 
 
 def items(
@@ -54,14 +68,14 @@ def items(
     model: PreTrainedModel,
     walk: Walk,
     assignments: Mapping[Choice, Assignment],
-    weights: Mapping[str, Tensor],
     batches: Sequence[Inputs],
+    folder: Path,
     progress: Progress = silent,
 ) -> list[Item]:
-    """One item for every input of a block that has a linear to choose for.
+    """One item for every input of a block that has a linear to choose for; what it changes is kept in `folder`.
 
     model: the whole checkpoint, in memory, float32; left as it was. assignments: of every choice below 16 bits, all
-    with the same sites. weights: G_j of each site (rows,).
+    with the same sites. Two bytes are kept of each weight for each choice.
     """
     found: list[Item] = []
     calibration = Calibration(model, batches)
@@ -70,11 +84,11 @@ def items(
     for stage in stages:
         calls = calibration.calls(stage)
         for block in stage:
-            progress("sensitivity", done, total)
-            found += _of_block(block, checkpoint, model, assignments, weights, calls.values())
+            progress("choices", done, total)
+            found += _of_block(block, checkpoint, model, assignments, calls.values(), folder)
             done += 1
         calibration.finish(stage, calls)
-    progress("sensitivity", total, total)
+    progress("choices", total, total)
     return found
 
 
@@ -84,33 +98,30 @@ def _of_block(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     assignments: Mapping[Choice, Assignment],
-    weights: Mapping[str, Tensor],
     calls: Collection[Call],
-) -> list[Item]:
+    folder: Path,
+) -> Iterator[Item]:
     """The items of a block, which is then behind the calls."""
     rounded = any(scheme.inputs for assignment in assignments.values() for scheme in assignment.schemes.values())
     statistics, outputs = gather(block, model, calls, [Wanted(rows=rounded)] * len(block.inputs), all_outputs=True)
     for call, output in zip(calls, outputs, strict=True):
         call.hidden = output
     width = stored_dtype(checkpoint).itemsize
-    made = []
-    for entry, seen in zip(block.inputs, statistics, strict=True):
+    for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
         free = [site for site in entry.sites if all(site.name in each.schemes for each in assignments.values())]
         if not free:
             continue
-        full = Choice(FULL)
-        size = {full: sum(site_bytes(site, None, width) for site in free)}
-        cost = {full: 0.0}
+        size = {Choice(FULL): sum(site_bytes(site, None, width) for site in free)}
+        kept: dict[str, Tensor] = {}
         for choice, assignment in assignments.items():
             schemes = {site.name: assignment.schemes[site.name] for site in free}
             size[choice] = sum(site_bytes(site, schemes[site.name], width) for site in free)
             given = Given(checkpoint, model, {name: _simple(scheme) for name, scheme in schemes.items()})
-            errors = _errors(replace(entry, sites=tuple(free)), given, seen)
-            cost[choice] = sum(
-                0.5 * float(weights[name] @ error.double()) / max(seen.tokens, 1) for name, error in errors.items()
-            )
-        made.append(Item(block.component, tuple(site.name for site in free), size, cost))
-    return made
+            changed = _changed(replace(entry, sites=tuple(free)), given, seen)
+            kept |= {_key(choice, name): error.bfloat16() for name, error in changed.items()}
+        file = folder / f"{block.name}.{index}.safetensors"
+        save_file(kept, file)
+        yield Item(block.component, tuple(site.name for site in free), size, file)
 
 
 def site_bytes(site: Site, scheme: Scheme | None, width: int) -> int:
@@ -125,8 +136,8 @@ def _simple(scheme: Scheme) -> Scheme:
     return replace(scheme, options=scheme.options.model_copy(update={"awq_loss": "gram", "gptaq": False}))
 
 
-def _errors(entry: Input, given: Given, seen: Statistics) -> dict[str, Tensor]:
-    """(D H D^T)_jj of every site that reads an input (rows,), solved with the scale that its method folds before it."""
+def _changed(entry: Input, given: Given, seen: Statistics) -> dict[str, Tensor]:
+    """D (out, in) of every site that reads an input, solved with the scale that its method folds before it."""
     names = [site.name for site in entry.sites]
     scale = choose_scale(entry, given, seen, _no_trial)
     parameters = {name: given.model.get_parameter(f"{name}.weight") for name in names}
@@ -136,11 +147,13 @@ def _errors(entry: Input, given: Given, seen: Statistics) -> dict[str, Tensor]:
             seen = seen.divided_by(scale)
             for parameter in parameters.values():
                 parameter.mul_(scale)
-        solved = solve_input(names, given, seen)
-        return {name: row_losses(dense(weight) - parameters[name], seen.gram) for name, weight in solved.items()}
+        solved = {name: dense(weight) for name, weight in solve_input(names, given, seen).items()}
     finally:
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
+    if scale is not None:
+        solved = {name: weight.div_(scale) for name, weight in solved.items()}
+    return {name: weight - parameters[name] for name, weight in solved.items()}
 
 
 def _no_trial(scale: Tensor) -> float:
