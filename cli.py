@@ -573,9 +573,7 @@ def allocate(
     ] = "safetensors",
     calibration: Calibrated = None,
     samples: NumberOfSamples = 128,
-    asked: Annotated[
-        int, typer.Option(min=1, help="Samples drawn, of which the task's are asked what changes.")
-    ] = 512,
+    asked: Annotated[int, typer.Option(min=1, help="Samples drawn, of which the task's are asked what changes.")] = 512,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     revision: Revision = None,
     as_json: AsJson = False,
