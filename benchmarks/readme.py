@@ -252,6 +252,28 @@ def scale(whole: bool) -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """What vlmq and other quantizers take of one machine, and what they leave of one model."""
+    found, machine = results("peers")
+    lines = [
+        "One random LLaVA (Llama 1024 x 8 layers with a 2816 wide MLP, CLIP 512 x 8), the decoder's linears at 4 bits in groups of "
+        f"128, symmetric, the same 16 image-text samples ({machine['processor']}, {machine['threads']} threads; the whole process; error: of "
+        "the decoder's last hidden states on held-out samples, relative; `python benchmarks/peers.py`, "
+        "[what is uneven](../benchmarks/peers/README.md)).",
+        "",
+        "| tool | what it takes | processor time | wall time | peak memory | error | KL, nats | read again as LLaVA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found.items():
+        ours = row["against"] == name
+        over = {key: "" if ours else f" ({row['ratios'][key]:.1f} x)" for key in ("cpu_s", "wall_s", "peak_bytes")}
+        cells = [name, row["what"], f"{row['cpu_s']:.0f} s{over['cpu_s']}", f"{row['wall_s']:.0f} s{over['wall_s']}"]
+        cells += [f"{row['peak_bytes'] / 1e9:.2f} GB{over['peak_bytes']}", f"{row['errors']['hidden']:.3f}"]
+        cells += [f"{row['errors']['kl']:.4f}", "yes" if row["reloads"] else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     before, rest = README.read_text().split(START)
     after = rest.split(END)[1]
@@ -259,7 +281,7 @@ def main() -> None:
     shown = [exports(), picture, evaluation(), runtime(), scale(whole=True), consumers()]
     README.write_text(before + START + "\n\n".join(shown) + "\n" + END + after)
     title = "# More results\n\nWritten by `python benchmarks/readme.py` from what the benchmarks measured."
-    MORE.write_text("\n\n".join([title, methods(), outliers(), scale(whole=False)]) + "\n")
+    MORE.write_text("\n\n".join([title, methods(), outliers(), scale(whole=False), peers()]) + "\n")
 
 
 if __name__ == "__main__":
