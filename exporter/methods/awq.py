@@ -6,11 +6,14 @@ Section 3.2: channels whose inputs are large are scaled up before rounding and d
     || Q(W diag(s)) diag(1/s) X - W X ||^2 = tr(D H D^T),   D = Q(W diag(s)) diag(1/s) - W,   H = X X^T
 
 All linears that read an input share one `s`. Then each group's range is shrunk (clipped) where that lowers the
-error its columns cause. From H alone, the cost does not grow with the number of calibration tokens; and the exponents
-race (`racing.py`), so that most are left after a few rows of the weights.
+error its columns cause. At 2 and 3 bits clipping decides which exponent is best, so there Q clips while exponents are
+compared: the paper's search, which does not, leaves up to twice the error. From H alone, the cost does not grow with
+the number of calibration tokens; and the exponents race (`racing.py`), so that most are left after a few rows of the
+weights.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from vlmq.kernels.grid import ROWS, TENSOR, Grid, QuantizedWeight, between, extr
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
+FEW = SHRINKS[::2]  # that are tried while exponents are compared
+NARROW = 3  # bits up to which they are: beyond, clipping gains about as much with any exponent
 SLAB = 128  # rows after which candidates may be left: enough for a product with a Gram matrix to be fast
 
 
@@ -43,15 +48,15 @@ def rescale(problem: Problem) -> Tensor:
     return candidates[race(len(candidates), len(slabs), sum(map(len, problem.weights)), losses)]
 
 
-def _slabs(problem: Problem) -> list[list[tuple[Tensor, Grid]]]:
+def _slabs(problem: Problem) -> list[list[tuple[Tensor, Scheme]]]:
     """The rows of all weights in slabs, of which each holds some of every weight, evenly drawn.
 
     A TENSOR grid spans all rows of its weight: then they are one slab.
     """
-    pairs = [(weight, scheme.grid) for weight, scheme in zip(problem.weights, problem.schemes, strict=True)]
-    whole = any(grid.group == TENSOR for _, grid in pairs)
+    pairs = list(zip(problem.weights, problem.schemes, strict=True))
+    whole = any(scheme.grid.group == TENSOR for scheme in problem.schemes)
     slabs = 1 if whole else math.ceil(sum(map(len, problem.weights)) / SLAB)
-    return [[(weight[slab::slabs], grid) for weight, grid in pairs] for slab in range(slabs)]
+    return [[(weight[slab::slabs], scheme) for weight, scheme in pairs] for slab in range(slabs)]
 
 
 def candidate(statistics: Statistics, exponent: float) -> Tensor:
@@ -60,11 +65,17 @@ def candidate(statistics: Statistics, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scale_losses(slab: list[tuple[Tensor, Grid]], scale: Tensor, gram: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_losses(slab: list[tuple[Tensor, Scheme]], scale: Tensor, gram: Tensor, dtype: torch.dtype) -> Tensor:
     """What each row adds to tr(D H D^T) for one scale (in,): (rows,), weight after weight of the slab's (rows, in)."""
     losses = []
-    for weight, grid in slab:
-        error = round_trip(weight * scale, grid, dtype).div_(scale).sub_(weight)
+    for weight, scheme in slab:
+        grid, options = scheme.grid, scheme.options
+        scaled, factors = weight * scale, torch.ones(())
+        if grid.bits <= NARROW and options.clip and options.static_groups:
+            own = scale.view(-1, grid.width(len(scale)))  # of each group's columns
+            grams = _diagonal_blocks(gram, own.shape[1]) / (own.unsqueeze(2) * own.unsqueeze(1))
+            factors = _factors(scaled, grams, grid, dtype, FEW)
+        error = round_trip(scaled, grid, dtype, factors).div_(scale).sub_(weight)
         losses.append(row_losses(error, gram))
     return torch.cat(losses)
 
@@ -76,14 +87,18 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
 
 def clip(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The factor of SHRINKS for each group: weight (out, in)  ->  (out, groups); one for all of a TENSOR grid."""
-    grams = _diagonal_blocks(statistics.gram, grid.width(weight.shape[1]))
+    return _factors(weight, _diagonal_blocks(statistics.gram, grid.width(weight.shape[1])), grid, dtype, SHRINKS)
+
+
+def _factors(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype, shrinks: Sequence[float]) -> Tensor:
+    """The same, of some factors. grams: of each group's own columns (groups, width, width)."""
     low, high = extremes(weight, grid)
     parts = zip(weight.split(ROWS), low.split(ROWS), high.split(ROWS), strict=True)
-    losses = [_losses(*part, grams, grid, dtype) for part in parts]
+    losses = [_losses(*part, grams, grid, dtype, shrinks) for part in parts]
     if grid.group == TENSOR:  # one scale, so one factor: all rows count together
         total = torch.stack([found.sum((1, 2)) for found in losses]).sum(0)
-        return torch.full((len(weight), 1), SHRINKS[int(total.argmin())], device=weight.device)
-    return torch.cat([_best(found) for found in losses])
+        return torch.full((len(weight), 1), shrinks[int(total.argmin())], device=weight.device)
+    return torch.cat([_best(found, shrinks) for found in losses])
 
 
 def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
@@ -92,23 +107,31 @@ def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _losses(weight: Tensor, low: Tensor, high: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The error that each group's own columns cause for each factor of SHRINKS (shrinks, out, groups).
+def _losses(
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    grams: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    shrinks: Sequence[float],
+) -> Tensor:
+    """The error that each group's own columns cause for each factor of `shrinks` (shrinks, out, groups).
 
     weight (out, in), low and high (out, groups), its groups' extremes.
     """
     losses = []
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         error = nearest(weight, *between(low * shrink, high * shrink, grid, dtype), grid).sub_(weight)
         by_group = error.unflatten(1, (len(grams), -1)).transpose(0, 1)  # (groups, out, width)
         losses.append(row_losses(by_group, grams).T)
     return torch.stack(losses)
 
 
-def _best(losses: Tensor) -> Tensor:
+def _best(losses: Tensor, shrinks: Sequence[float]) -> Tensor:
     """(shrinks, out, groups)  ->  the factor of least error (out, groups); of equals the first."""
     least, factor = losses[0], torch.ones_like(losses[0])
-    for shrink, loss in zip(SHRINKS[1:], losses[1:], strict=True):
+    for shrink, loss in zip(shrinks[1:], losses[1:], strict=True):
         better = loss < least
         least = torch.where(better, loss, least)
         factor = torch.where(better, shrink, factor)
