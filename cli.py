@@ -106,6 +106,9 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
     activation_memory: ActivationMemory = "1GiB",
     device: Device = "auto",
+    calibrate_in: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="How blocks run on the samples: bfloat16 is often faster.")
+    ] = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an earlier run was stopped.")] = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -141,6 +144,7 @@ def export(
         fresh=fresh,
         gate=gate,
         device=device,
+        calibrate_in=calibrate_in,
     )
     with kept_to_go_on(name), bars(as_json) as progress:
         done = run_export(request, progress, note)

@@ -58,7 +58,7 @@ class Request:
     activation_memory: bytes of hidden states that wait in memory; beyond it they wait on the disk, beside the output.
     thresholds: of the verdict, by name, where they are not the defaults (evaluation/thresholds.py).
     fresh: begin anew where an earlier run was stopped. gate: load what was written with transformers, and compare.
-    device: where blocks are solved (devices.py).
+    device: where blocks are solved (devices.py). calibrate_in: the dtype in which blocks multiply what samples give.
     """
 
     model: str
@@ -79,6 +79,7 @@ class Request:
     fresh: bool = False
     gate: bool = True
     device: str = "auto"
+    calibrate_in: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
     plan = ends.plan(checkpoint, model, request.recipe)
     assignment = request.recipe.assign(plan)
     refuse_for_workers(assignment)
+    _refuse_coarse(request, assignment)
     needed = _planned(request, checkpoint, model, plan, assignment)
     planning.refuse(needed)
     for line in assignment.told:
@@ -145,7 +147,7 @@ def _export(request: Request, progress: Progress, tell: Callable[[str], None]) -
         ExitStack() as staging,
     ):
         workers.admit()
-        calibration = _calibration(checkpoint, model, assignment, data.calibration, journal.activations)
+        calibration = _calibration(request, checkpoint, model, assignment, data.calibration, journal.activations)
         # A run that looks at no samples is over as soon as its weights are read: its journal would cost more than it.
         kept = journal if calibration else None
         blocks = quantize(checkpoint, model, plan, assignment, calibration, progress, kept, device)
@@ -238,6 +240,15 @@ def verify_folder(
     return verdict, release.conclude(folder, gate, progress)
 
 
+def _refuse_coarse(request: Request, assignment: Assignment) -> None:
+    """VlmqError where bfloat16, of 8 significant bits, could not tell the levels of a rounded input apart."""
+    rounded = next((name for name, scheme in assignment.schemes.items() if scheme.inputs), None)
+    if rounded and request.calibrate_in == "bfloat16":
+        raise VlmqError(
+            f"{rounded}: its input is rounded, which --calibrate-in bfloat16 is too coarse for; leave it at float32"
+        )
+
+
 def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source, data: datas.Data) -> dict[str, Any]:
     """What the quantized blocks depend on, as a journal tells it: a run goes on only where it all is the same."""
     samples = data.calibration
@@ -253,11 +264,13 @@ def _identity(request: Request, checkpoint: Checkpoint, source: manifest.Source,
         and [
             [sample.kind, sample.text, *sample.answers[:1], data.digests.get(sample.id)] for sample in samples.samples
         ],
+        "dtype of the calibration": request.calibrate_in,
         "number of workers": workers.count(),
     }
 
 
 def _calibration(
+    request: Request,
     checkpoint: Checkpoint,
     model: nn.Module,
     assignment: Assignment,
@@ -267,7 +280,7 @@ def _calibration(
     if samples is None:
         return None
     batches = prepared(samples.samples, open_processor(checkpoint.folder), checkpoint.family, activations)
-    return Calibration(model, batches, needs_reference(assignment), activations)
+    return Calibration(model, batches, needs_reference(assignment), activations, getattr(torch, request.calibrate_in))
 
 
 def _write_safetensors(

@@ -99,6 +99,8 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
         sought = [schemes[site.name].options.awq_loss for site in block.sites if site.name in schemes]
         statistics[:], outputs = gather(block, model, calls, wanted, all_outputs="block" in sought)
 
+    first = next(iter(calls), None)
+    unfolded = first and (outputs[0] if first.dtype == torch.float32 else first.run(module, exact=True))
     folded: dict[str, Tensor | None] = {}
     for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
         scale = _rescale(entry, given, seen, lambda: _block_error(module, calls, outputs))
@@ -106,8 +108,8 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
             folds.fold(entry, scale, model)
             statistics[index] = seen.divided_by(scale)
         folded |= {site.name: scale for site in entry.sites}
-    if calls and any(scale is not None for scale in folded.values()):
-        folds.check(block.name, outputs[0], next(iter(calls)).run(module))
+    if first and unfolded is not None and any(scale is not None for scale in folded.values()):
+        folds.check(block.name, unfolded, first.run(module, exact=True))
 
     solved: dict[str, Solved] = {}
     rows: dict[str, Tensor] = {}

@@ -107,6 +107,10 @@ def bad_inputs(folder, exported, tmp_path, images):
             ("recipe", "show", folder, "--recipe", rules),
             "the rule match 'mlp.gate_proj' matches no linear",
         ),
+        "levels too fine for bfloat16": (
+            ("export", folder, "--activation-bits", 8, "--calibrate-in", "bfloat16"),
+            "its input is rounded, which --calibrate-in bfloat16 is too coarse for; leave it at float32",
+        ),
         "no samples": (
             ("export", folder, *fine, "--samples", 0),
             "needs at least one to be calibrated",

@@ -152,7 +152,12 @@ def stopped(tiny_folders, pictures, tmp_path):
 
 @pytest.mark.parametrize(
     ("other", "differs"),
-    [({"recipe": {"bits": 3, "group_size": 32}}, "recipe"), ({"seed": 5}, "calibration"), ({"samples": 5}, "calib")],
+    [
+        ({"recipe": {"bits": 3, "group_size": 32}}, "recipe"),
+        ({"seed": 5}, "calibration"),
+        ({"samples": 5}, "calib"),
+        ({"calibrate_in": "bfloat16"}, "dtype of the calibration"),
+    ],
 )
 def test_a_journal_of_other_inputs_is_refused_until_one_asks_for_a_fresh_start(other, differs, stopped, pictures):
     request = replace(stopped, **{**other, **({"recipe": make_recipe(other["recipe"])} if "recipe" in other else {})})

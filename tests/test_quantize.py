@@ -38,7 +38,7 @@ RECIPES = {
 WEIGHT_ONLY = ("rtn", "awq", "gptq")
 
 
-def run(folder, variant, samples, watch=lambda model: None, device=CPU, **recipe):
+def run(folder, variant, samples, watch=lambda model: None, device=CPU, dtype=torch.float32, **recipe):
     """Quantize a tiny checkpoint: what came out, and the calibration with what every stage put out."""
     checkpoint = open_checkpoint(str(folder))
     model = checkpoint.skeleton()
@@ -48,7 +48,7 @@ def run(folder, variant, samples, watch=lambda model: None, device=CPU, **recipe
     calibration = None
     if samples:
         batches = prepare(samples, tiny.processor(variant), checkpoint.family)
-        calibration = Calibration(model, batches, needs_reference(assignment))
+        calibration = Calibration(model, batches, needs_reference(assignment), dtype=dtype)
     blocks = []
     for block in quantize(checkpoint, model, found, assignment, calibration, device=device):
         watch(model)
@@ -75,6 +75,21 @@ def fake_quantized(folder, blocks):
     grids = {name: found.scheme.inputs for name, found in solved.items() if found.scheme.inputs}
     InputRounding(model, grids, {name: solved[name].limits for name in grids})
     return model
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama", "blip2-t5"])
+def test_blocks_that_run_in_bfloat16_on_the_samples_get_about_the_weights_that_float32_gives(
+    tiny_folders, random_samples, variant, method
+):
+    """What they put out is float32 all the same, so errors do not pile up in what blocks hand on."""
+    exact, _ = run(tiny_folders[variant], variant, random_samples, **RECIPES[method])
+    half, calibration = run(tiny_folders[variant], variant, random_samples, dtype=torch.bfloat16, **RECIPES[method])
+    assert all(place.read().dtype == torch.float32 for _, kept in calibration.played for place in kept.values())
+    before, after = sites(exact), sites(half)
+    assert any(not torch.equal(before[name].weight.codes, after[name].weight.codes) for name in before)
+    losses = [sum(solved.loss for solved in found.values()) for found in (before, after)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
