@@ -66,7 +66,7 @@ class Allocated:
 
     bytes: of all weights; linears: of those that bits were chosen for and of the blocks' others, scales and zeros
     included; bits_per_weight: of these. predicted, measured: divergence from the reference in nats, on the samples
-    calibrated on. factors: by component, of each width measured, how much of its prediction came true.
+    asked. factors: by component, of each width measured, how much of its prediction came true.
     """
 
     recipe: Recipe
@@ -108,9 +108,9 @@ def allocations(
     data = datas.choose(checkpoint, request.calibration, None, drawn, request.seed, verify=False)
     assert data.calibration is not None
     samples = data.calibration.samples[: request.samples]  # a smaller draw is the beginning of a larger one
-    telling = fitting(request.task, data.calibration.samples)
+    fit = fitting(request.task, data.calibration.samples)
     few = sum(parameter.numel() for parameter in skeleton.parameters()) <= FEW
-    asked = together(answered(telling, open_processor(checkpoint.folder), checkpoint), TOGETHER if few else 1)
+    asked = together(answered(fit, open_processor(checkpoint.folder), checkpoint), TOGETHER if few else 1)
     with TemporaryDirectory(prefix="vlmq-allocate-") as pieces, TemporaryDirectory(prefix="vlmq-choices-") as changes:
         bench = Bench(request.model, request.revision, request.recipe.rotate, samples, Path(pieces))
         found = items(checkpoint, bench.model, walk, assignments, bench.batches, Path(changes), progress)
@@ -118,23 +118,19 @@ def allocations(
             _refuse_too_little(text, found, most, pinned, elsewhere, weights)
             if sum(item.bytes[Choice(FULL)] for item in found) <= most:
                 raise VlmqError(f"--budget {text}: has room for every linear at 16 bits; give less")
-        telling = effects(bench.model, found, asked, request.seed, progress=progress)
+        told = effects(bench.model, found, asked, request.seed, progress=progress)
         measurer = Measurer(bench, asked, request.recipe, walk)
-        factors = measurer.factors(found, telling, progress)
+        factors = measurer.factors(found, told, progress)
         choices = [*found[0].choices, Choice(FULL)]
         sizes = np.array([[item.bytes[choice] for choice in choices] for item in found])
-        predicted = telling.double().numpy()
-        costs = [quadratic.products(each) for each in (_refined(predicted, found, factors), _whole(predicted))]
+        plain = told.double().numpy()
+        costs = [quadratic.products(each) for each in (_refined(plain, found, factors), _whole(plain))]
         made = []
         for most in allowed:
             candidates = _candidates(costs, sizes, most)
             chosen = [_by_site(found, [choices[place] for place in places]) for places in candidates]
             recipes = [with_rules(request.recipe, walk, each) for each in chosen]
-            measured = []
-            for done, recipe in enumerate(recipes):
-                progress("measuring candidates", done, len(recipes))
-                measured.append(measurer.divergence(recipe))
-            progress("measuring candidates", len(recipes), len(recipes))
+            measured = _measured(recipes, measurer, progress)
             best = int(np.argmin(measured))
             places, recipe = candidates[best], recipes[best]
             final = recipe.assign(ends.plan(checkpoint, skeleton, recipe))
@@ -155,6 +151,16 @@ def allocations(
     return made
 
 
+def _measured(recipes: Sequence[Recipe], measurer: Measurer, progress: Progress) -> list[float]:
+    """The divergence of each, in nats."""
+    found = []
+    for done, recipe in enumerate(recipes):
+        progress("measuring candidates", done, len(recipes))
+        found.append(measurer.divergence(recipe))
+    progress("measuring candidates", len(recipes), len(recipes))
+    return found
+
+
 def in_words(found: Allocated) -> tuple[str, ...]:
     """What a person is told of it, a line for each thing."""
     bits = ", ".join(f"{component} {mean:.2f}" for component, mean in found.bits.items())
@@ -166,7 +172,7 @@ def in_words(found: Allocated) -> tuple[str, ...]:
         f"{found.bytes:,} bytes of weights, {found.linears:,} of them the blocks' linears: "
         f"{found.bits_per_weight:.3f} bits per weight, scales and zeros counted",
         f"mean bits: {bits}",
-        f"expected divergence of the answers {found.predicted:.4g} nats, measured on the calibration samples "
+        f"expected divergence of the answers {found.predicted:.4g} nats, measured on the samples asked "
         f"{found.measured:.4g}; measured over predicted, component by component: {factors}",
     )
 
