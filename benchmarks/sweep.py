@@ -131,12 +131,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     both = not (options.cost or options.engines)
-    results: dict[str, Any] = {"revision": common.revision()}
+    before = common.RESULTS / "sweep.json"  # of which the part that is not run stays
+    results: dict[str, Any] = json.loads(before.read_text())["results"] if before.exists() else {}
     with TemporaryDirectory() as work:
         if options.cost or both:
-            results["cost"] = cost(options, Path(work))
+            results["cost"] = {"revision": common.revision(), **cost(options, Path(work))}
         if options.engines or both:
-            results["engines"] = engines(options, Path(work))
+            results["engines"] = {"revision": common.revision(), **engines(options, Path(work))}
     print(json.dumps(results, indent=1))
     print(common.write("sweep", " ".join(["python", "benchmarks/sweep.py", *sys.argv[1:]]), results))
 
