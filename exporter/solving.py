@@ -101,13 +101,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
 
     first = next(iter(calls), None)
     unfolded = first and (outputs[0] if first.dtype == torch.float32 else first.run(module, exact=True))
-    folded: dict[str, Tensor | None] = {}
-    for index, (entry, seen) in enumerate(zip(block.inputs, statistics, strict=True)):
-        scale = _rescale(entry, given, seen, lambda: _block_error(module, calls, outputs))
-        if scale is not None and seen is not None:
-            folds.fold(entry, scale, model)
-            statistics[index] = seen.divided_by(scale)
-        folded |= {site.name: scale for site in entry.sites}
+    folded = _folded(block, given, statistics, lambda: _block_error(module, calls, outputs))
     if first and unfolded is not None and any(scale is not None for scale in folded.values()):
         folds.check(block.name, unfolded, first.run(module, exact=True))
 
@@ -125,6 +119,21 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
         heap.give_back()
     changed = _settle(block, given, before, solved)
     return QuantizedBlock(block, {name: _home(each) for name, each in solved.items()}, changed, rows)
+
+
+def _folded(
+    block: Block, given: Given, statistics: list[Statistics | None], block_error: Callable[[], float]
+) -> dict[str, Tensor | None]:
+    """Fold a scale before every input that wants one, and divide its statistics, in place; the scale of each site."""
+    folded: dict[str, Tensor | None] = {}
+    for index, entry in enumerate(block.inputs):
+        seen = statistics[index]
+        scale = _rescale(entry, given, seen, block_error)
+        if scale is not None and seen is not None:
+            folds.fold(entry, scale, given.model)
+            statistics[index] = seen.divided_by(scale)
+        folded |= {site.name: scale for site in entry.sites}
+    return folded
 
 
 def _home(solved: Solved) -> Solved:
@@ -185,7 +194,7 @@ def choose_scale(entry: Input, given: Given, seen: Statistics, trial: Trial) -> 
         return None
     names = [names[asked], *names[:asked], *names[asked + 1 :]]
     weights = [
-        torch.cat([given.model.get_parameter(f"{name}.weight")[rows] for rows in _rows(given, name)]) for name in names
+        _joined([given.model.get_parameter(f"{name}.weight")[rows] for rows in _rows(given, name)]) for name in names
     ]
     problem = Problem(weights, [given.schemes[name] for name in names], seen, _dtype(given, names[0]), trial)
     scale = rescales[asked](problem)  # type: ignore[misc]   # the one that is there
@@ -221,13 +230,17 @@ def solve_input(names: list[str], given: Given, seen: Statistics | None) -> dict
     for _, together in groupby(pieces, key=lambda piece: _stacking(given, *piece)):
         members = list(together)
         weights = [given.model.get_parameter(f"{name}.weight")[rows] for name, rows in members]
-        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        found = _solve_rows(*members[0], stacked, given, seen)
+        found = _solve_rows(*members[0], _joined(weights), given, seen)
         start = 0
         for (name, _), weight in zip(members, weights, strict=True):
             parts[name].append(_take(found, slice(start, start + len(weight))))
             start += len(weight)
     return {name: _whole(name, found, given) for name, found in parts.items()}
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    """One above the other; no copy of one alone, which may be large."""
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
 
 
 def _stacking(given: Given, name: str, rows: slice) -> object:

@@ -84,8 +84,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """(out, in) float32: exact for 16-bit scales, whose product with a code has at most 24 significant bits."""
         weight = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
-        for rows, slab in zip(weight.split(ROWS), self.slabs(), strict=True):
-            rows.copy_(dequantize(slab.codes, slab.scale, slab.zero))
+        for number, slab in enumerate(self.slabs()):
+            weight[number * ROWS : (number + 1) * ROWS] = dequantize(slab.codes, slab.scale, slab.zero)
         return weight
 
 

@@ -54,7 +54,8 @@ def to_rescale(entry: Input, work: Workload) -> int:
         return 0
     columns = entry.sites[0].columns
     rows = [site.rows for site, _ in work.quantized(entry)]
-    searching = (sum(rows) + LOSS * min(max(rows), awq.SLAB)) * columns * FLOAT
+    joined = [site.rows for site, scheme in work.quantized(entry) if scheme.rows and len(scheme.rows) > 1]
+    searching = (sum(joined) + LOSS * min(max(rows), awq.SLAB)) * columns * FLOAT
     return max(searching, columns * columns * FLOAT)  # the Gram matrix divided by it
 
 
