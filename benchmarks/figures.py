@@ -88,7 +88,7 @@ def swept(model: str, task: str, grid: str, folder: Path, options: argparse.Name
         for name in (target, "divergence"):
             output = folder / f"importance-{name}"
             shares = analyse(tables, name, None if output.exists() else output, 0, said)
-            results[f"importance, {name}"] = [asdict(table) for table in shares]
+            results[f"importance, {name}"] = [{**asdict(table), "file": Path(table.file).name} for table in shares]
     return results
 
 

@@ -248,7 +248,8 @@ def scale(whole: bool) -> str:
         sizes = [
             f"{row[name] / 1e9:.2f} GB" for name in ("peak_bytes", "planned_bytes", "source_bytes", "written_bytes")
         ]
-        lines.append(f"| {' | '.join([part, row['method'], str(row['samples']), *times, *sizes])} |")
+        method = row["method"] + ("" if row["calibrate_in"] == "float32" else f", {row['calibrate_in']}")
+        lines.append(f"| {' | '.join([part, method, str(row['samples']), *times, *sizes])} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """What an export costs at the shapes that people have: peak memory, wall and processor seconds of RTN, AWQ and GPTQ.
 
     python benchmarks/scale.py [--shape llava-1.5-7b] [--scale 0.25] [--method awq] [--samples 32] [--blocks 2]
+                               [--calibrate-in bfloat16]
 
 The checkpoint has random weights of the shape named (`random_checkpoint.py`), the samples are random pictures with a
 request for a caption, and each export is `vlmq export` at 4 bits in groups of 128 in a process of its own, whose peak
@@ -27,7 +28,8 @@ SHAPES = ("blip2-opt-2.7b", "llava-1.5-7b")
 METHODS = ("rtn", "awq", "gptq")
 ACTIVATION_MEMORY = "16MiB"  # less than what any number of samples leaves between blocks: it lies on the disk
 SIDE = 400  # pixels of a picture, more than any of the shapes reads
-WHICH = ("shape", "scale", "blocks", "method", "samples")  # of two rows that agree in these the later one counts
+# Of two rows that agree in these the later one counts.
+WHICH = ("shape", "scale", "blocks", "method", "samples", "calibrate_in")
 
 
 def measured(command: list[str], log: Path) -> dict[str, float]:
@@ -82,7 +84,7 @@ def layers(folder: Path) -> dict[str, int]:
     return {part: config[name]["num_hidden_layers"] for part, name in parts.items() if name in config}
 
 
-def export(source: Path, method: str, data: Path, samples: int, folder: Path) -> dict[str, object]:
+def export(source: Path, method: str, data: Path, samples: int, calibrate_in: str, folder: Path) -> dict[str, object]:
     """One export: what it cost, and what it wrote."""
     output = folder / f"{source.name}-{method}"
     rmtree(output, ignore_errors=True)
@@ -91,8 +93,9 @@ def export(source: Path, method: str, data: Path, samples: int, folder: Path) ->
     plan = [sys.executable, "-m", "vlmq", "plan", *wanted, "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, check=True, text=True).stdout)["peak_memory"]
     profile = folder / f"{output.name}.json"
+    wanted += ["--calibrate-in", calibrate_in, "-o", str(output), "--calibration", str(data), "--fresh"]
     command = [sys.executable, str(HERE / "sampled.py"), str(profile), "export", *wanted]
-    cost = measured([*command, "-o", str(output), "--calibration", str(data), "--fresh"], folder / f"{output.name}.log")
+    cost = measured(command, folder / f"{output.name}.log")
     count = layers(source)
     found = {
         **cost,
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[32])
     parser.add_argument("--scale", type=float, default=1.0, help="of widths, heads and layers")
     parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, 2 or more")
+    parser.add_argument("--calibrate-in", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlmq-scale", help="for checkpoints"
     )
@@ -126,8 +130,8 @@ def main() -> None:
         for samples in options.samples:
             data = pictures(samples, options.folder)
             for method in options.method:
-                found = export(source, method, data, samples, options.folder)
-                which = (shape, options.scale, options.blocks, method, samples)
+                found = export(source, method, data, samples, options.calibrate_in, options.folder)
+                which = (shape, options.scale, options.blocks, method, samples, options.calibrate_in)
                 rows.append({**dict(zip(WHICH, which, strict=True)), **found})
                 print(json.dumps(rows[-1]), flush=True)
 
