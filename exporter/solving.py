@@ -99,7 +99,7 @@ def solve_block(block: Block, given: Given, calls: Collection[Call]) -> Quantize
         sought = [schemes[site.name].options.awq_loss for site in block.sites if site.name in schemes]
         statistics[:], outputs = gather(block, model, calls, wanted, all_outputs="block" in sought)
 
-    first = next(iter(calls), None)
+    first = next(iter(calls), None) if _is_rescaled(block, given) else None
     unfolded = first and (outputs[0] if first.dtype == torch.float32 else first.run(module, exact=True))
     folded = _folded(block, given, statistics, lambda: _block_error(module, calls, outputs))
     if first and unfolded is not None and any(scale is not None for scale in folded.values()):
@@ -158,6 +158,12 @@ def _wanted(entry: Input, block: Block, given: Given) -> Wanted:
 def is_asymmetric(scheme: Scheme) -> bool:
     """Whether its method aims at what the full-precision model puts out."""
     return METHODS[scheme.method].solve is gptq.solve and scheme.options.gptaq
+
+
+def _is_rescaled(block: Block, given: Given) -> bool:
+    """Whether a scale may be folded before an input."""
+    names = [site.name for site in block.sites if site.name in given.schemes]
+    return any(name in given.tuned or METHODS[given.schemes[name].method].rescale for name in names)
 
 
 def _is_searched(name: str, given: Given) -> bool:
