@@ -229,10 +229,14 @@ def runtime() -> str:
     return "\n".join(lines)
 
 
+METHODS = ("rtn", "awq", "gptq")
+
+
 def scale(whole: bool) -> str:
     """What exports cost: of whole checkpoints, or of some layers of each transformer."""
     found, machine = results("scale")
     rows = [row for row in found if (row["blocks"] is None and row["scale"] == 1) == whole]
+    rows.sort(key=lambda row: (row["shape"], METHODS.index(row["method"]), row["calibrate_in"], row["samples"]))
     what = "of these shapes" if whole else "of so many layers of each transformer at true widths"
     lines = [
         f"Exports of random checkpoints {what}, 4 bits in groups of 128, every component, to safetensors: what the process took, by "
