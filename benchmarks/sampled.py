@@ -17,6 +17,7 @@ from types import FrameType
 EVERY = 0.02  # seconds
 KINDS = {  # the file, the function  ->  what it does
     ("torch/nn/modules/linear.py", "forward"): "running linears",
+    ("vlmq/exporter/calibration.py", "forward"): "running linears",  # in bfloat16
     ("transformers/integrations/sdpa_attention.py", "sdpa_attention_forward"): "running attention",
     ("vlmq/exporter/calibration.py", "run"): "the rest of running blocks",
     ("vlmq/exporter/sums.py", "add"): "Gram matrices",
