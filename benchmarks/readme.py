@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import common
+from scale import METHODS
 
 from vlmq.exporter.demo.splits import prior_accuracy
 
@@ -227,9 +228,6 @@ def runtime() -> str:
         cells += [f"{row['faster']:.2f} x", f"{row['model_bytes'] / 1e9:.2f} GB", f"{share:.0%}", rate]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-METHODS = ("rtn", "awq", "gptq")
 
 
 def scale(whole: bool) -> str:

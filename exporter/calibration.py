@@ -267,13 +267,10 @@ def _playing(model: nn.Module, stage: tuple[Block, ...], output: Tensor) -> Iter
     def play(*args: Any, **kwargs: Any) -> Any:
         return hand_on(output)
 
-    for block in blocks:
-        block.forward = play if block is last else hand_on  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for block in blocks:
-            del block.forward
+            stack.enter_context(instead(block, play if block is last else hand_on))
+        yield
 
 
 def prepare(samples: Sequence[Sample], processor: ProcessorMixin, family: Family) -> list[Inputs]:
@@ -308,7 +305,12 @@ def prepared(
         while same:
             batch = [_read(inputs) for inputs in same[: together(length)]]
             del same[: together(length)]
-            yield {key: torch.cat([inputs[key] for inputs in batch]) for key in batch[0]}
+            yield joined(batch)
+
+
+def joined(batch: Sequence[Inputs]) -> Inputs:
+    """Samples of equal shapes, one below the other."""
+    return {key: torch.cat([inputs[key] for inputs in batch]) for key in batch[0]}
 
 
 def decoder_inputs(text: str, processor: ProcessorMixin, start: int) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlmq.exporter import ends
 from vlmq.exporter.calibration import Calibration, Inputs, Played, prepare
@@ -20,7 +21,7 @@ from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.journal import read_block, write_block
 from vlmq.exporter.methods.registry import is_calibrated
 from vlmq.exporter.quantize import needs_reference, quantize
-from vlmq.exporter.recipe import Assignment, make_recipe
+from vlmq.exporter.recipe import Assignment, Recipe, make_recipe
 from vlmq.exporter.rotation import rotate
 from vlmq.exporter.rounding import InputRounding
 from vlmq.exporter.runtime import open_processor
@@ -80,9 +81,11 @@ class Bench:
         return score(self.model, asked)
 
     def score_in_sequence(self, recipe: dict, asked: Asked) -> dict[str, float]:
-        """Of a recipe quantized as an export does it, each component on what the quantized ones before it put out."""
-        model, _ = simulate_batches(self.checkpoint, make_recipe(recipe), self.batches)
-        return score(model, asked)
+        return score(self.in_sequence(make_recipe(recipe)), asked)
+
+    def in_sequence(self, recipe: Recipe) -> PreTrainedModel:
+        """A model quantized as an export does it, each component on what the quantized ones before it put out."""
+        return simulate_batches(self.checkpoint, recipe, self.batches)[0]
 
     @torch.no_grad()
     def make(self, piece: Piece) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from vlmq.exporter.calibration import Inputs, decoder_inputs
+from vlmq.exporter.calibration import Inputs, decoder_inputs, joined
 from vlmq.exporter.checkpoint import Checkpoint
 from vlmq.exporter.images import open_image
 from vlmq.exporter.progress import Progress, silent
@@ -62,7 +62,7 @@ def together(samples: Iterable[tuple[Inputs, int]], most: int) -> list[tuple[Inp
         shapes = tuple((name, each.shape) for name, each in inputs.items())
         alike[answer, shapes].append(inputs)
     return [
-        ({name: torch.cat([each[name] for each in group[begin : begin + most]]) for name in group[0]}, answer)
+        (joined(group[begin : begin + most]), answer)
         for (answer, _), group in alike.items()
         for begin in range(0, len(group), most)
     ]

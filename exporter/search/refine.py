@@ -20,7 +20,6 @@ from vlmq.exporter.search.grid import Configuration
 from vlmq.exporter.search.pieces import Piece, plan
 from vlmq.exporter.search.rules import with_rules
 from vlmq.exporter.search.sensitivity import Item
-from vlmq.exporter.simulate import simulate_batches
 from vlmq.exporter.walk import Walk
 
 BEGINNING = 4  # bits where answers begin to change; besides them the fewest, where they change much
@@ -78,8 +77,7 @@ class Measurer:
 
     def divergence(self, recipe: Recipe) -> float:
         """Of a whole recipe, quantized as an export does it, in nats."""
-        model, _ = simulate_batches(self.bench.checkpoint, recipe, self.bench.batches)
-        return divergence(self.reference, log_probabilities(model, self.asked))
+        return divergence(self.reference, log_probabilities(self.bench.in_sequence(recipe), self.asked))
 
     def _pieces(self, recipe: Recipe) -> Sequence[Piece]:
         checkpoint = self.bench.checkpoint
