@@ -517,6 +517,7 @@ def sweep(
     ray_address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, such as auto.  \\[default: one of --workers cores, here]")
     ] = None,
+    device: Device = "auto",
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -543,6 +544,7 @@ def sweep(
         workers=workers,
         engine=engine,
         address=ray_address,
+        device=device,
     )
     with bars(as_json) as progress:
         done = run_sweep(request, progress)
@@ -579,6 +581,7 @@ def allocate(
     samples: NumberOfSamples = 128,
     asked: Annotated[int, typer.Option(min=1, help="Samples drawn, of which the task's are asked what changes.")] = 512,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    device: Device = "auto",
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -596,7 +599,7 @@ def allocate(
     if output and not output.parent.is_dir():
         raise VlmqError(f"{output.parent}: no such folder; create it or choose another --output")
     sizes = tuple(group_of(each) for each in groups.split(",")) if groups else ()
-    request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, asked, seed)
+    request = Request(model, budget, recipe, task, sizes, format, revision, calibration, samples, asked, seed, device)
     with bars(as_json) as progress:
         found = run_allocate(request, progress)
     content = found.recipe.content()

@@ -1,12 +1,13 @@
 """What allocated bits bring against uniform ones of equal bytes, by the same method, on questions and on captions.
 
-    python benchmarks/allocation.py [--only REGEX] [--workers 2] [--report] [--list]
+    python benchmarks/allocation.py [--only REGEX] [--workers 2] [--device auto] [--report] [--list]
 
 Each row is a demo, plain or with outlier channels, a method, and a seed of the calibration. The bytes are those of the
-uniform recipe at 3 and at 4 bits; `vlmq allocate` is asked once for each task, and both recipes are quantized as an
-export quantizes them and asked the same 2400 questions and 600 caption requests about 600 pictures, of which none was
-calibrated on. Rows are kept in results/allocation.jsonl as they are done, so that a run goes on where it was stopped;
-results/allocation.json has the paired differences.
+uniform recipe at 3 and at 4 bits; `vlmq allocate` is asked once for each task, with 2048 questions or 1024 caption
+requests about 1024 pictures, and both recipes are quantized as an export quantizes them and asked the same 2400
+questions and 600 caption requests about 600 other pictures, of which none was calibrated on. Rows are kept in
+results/allocation.jsonl as they are done, so that a run goes on where it was stopped; results/allocation.json has the
+paired differences.
 
 The interval is of pictures (the cluster bootstrap); over several seeds each picture counts with its mean over them.
 """
@@ -33,13 +34,16 @@ import methods
 import numpy as np
 import torch
 
+from vlmq.exporter.calibration import prepare
 from vlmq.exporter.checkpoint import open_checkpoint
 from vlmq.exporter.data import demo_folder
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.evaluation.metrics.cider import cider
 from vlmq.exporter.evaluation.metrics.ptb import tokens
 from vlmq.exporter.evaluation.statistics import in_words, paired_difference
 from vlmq.exporter.load import load
 from vlmq.exporter.recipe import Recipe, make_recipe
+from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.samples import Sample
 from vlmq.exporter.search import allocate
 from vlmq.exporter.search.grid import Configuration
@@ -52,7 +56,7 @@ from vlmq.exporter.walk import walk
 from vlmq.formats import json_lines
 
 MEASURED = common.RESULTS / "allocation.jsonl"
-GROUP, SAMPLES, DRAWN = 64, 128, 768
+GROUP, SAMPLES, DRAWN = 64, 128, 3072
 BUDGETS = (3, 4)  # bits of the uniform recipe whose bytes an allocated one may have
 ASKED = ("vqa", "captions")
 SCORE = {"vqa": ("accuracy", 1.0), "captions": ("CIDEr", 0.01)}  # and what its unit is, of a point
@@ -108,17 +112,19 @@ def by_picture(checkpoint: str, task: str, reference: Scores, found: Scores) -> 
 
 
 @cache
-def reference(checkpoint: str, folder: Path, task: str) -> Scores:
-    return scorer(checkpoint, task).score(load(folder))
+def reference(checkpoint: str, folder: Path, task: str, device: torch.device) -> Scores:
+    return scorer(checkpoint, task).score(load(folder).to(device))  # type: ignore[arg-type]
 
 
-def measure(row: Row) -> dict[str, Any]:
+def measure(row: Row, device: str) -> dict[str, Any]:
     """Of both tasks and budgets: scores and divergences by picture, of the uniform recipe and the allocated one."""
     folder = methods.folder_of(row.checkpoint, row.variant, 0)
     checkpoint = open_checkpoint(str(folder))
     skeleton = checkpoint.skeleton()
     plain = walk(skeleton, checkpoint.family)
-    batches = methods.calibration(row.checkpoint, row.seed)
+    source, there = demo_folder("asking"), device_of(device)
+    calibrated = read(source, SAMPLES, row.seed).samples
+    batches = prepare(calibrated, open_processor(checkpoint.folder), checkpoint.family)
     uniform = {bits: {"method": row.method, "bits": bits, "group_size": GROUP} for bits in BUDGETS}
     sizes = {
         bits: plan(Configuration("it", "it", recipe), checkpoint, skeleton, plain).bytes
@@ -127,9 +133,9 @@ def measure(row: Row) -> dict[str, Any]:
     begun = time.process_time()
 
     def scored(recipe: Recipe, tasks: Sequence[str]) -> dict[str, list[str]]:
-        model, _ = simulate_batches(checkpoint, recipe, batches)
+        model, _ = simulate_batches(checkpoint, recipe, batches, there)
         found = {task: scorer(row.checkpoint, task).score(model) for task in tasks}
-        references = {task: reference(row.checkpoint, folder, task) for task in tasks}
+        references = {task: reference(row.checkpoint, folder, task, there) for task in tasks}
         return {
             task: [_kept(values) for values in by_picture(row.checkpoint, task, references[task], scores)]
             for task, scores in found.items()
@@ -143,10 +149,11 @@ def measure(row: Row) -> dict[str, Any]:
             "",
             make_recipe(uniform[BUDGETS[0]]),
             task,
-            calibration=str(demo_folder("calibration")),
+            calibration=str(source),
             samples=SAMPLES,
             asked=DRAWN,
             seed=row.seed,
+            device=device,
         )
         chosen = allocate.allocations(request, [str(size) for size in sizes.values()])
         for (bits, size), found in zip(sizes.items(), chosen, strict=True):
@@ -163,7 +170,8 @@ def measure(row: Row) -> dict[str, Any]:
                     "allocated": scored(found.recipe, [task])[task],
                 }
             )
-    return {**asdict(row), "results": results, "seconds": round(time.process_time() - begun, 1)}
+    computed = torch.cuda.get_device_name(there) if there.type == "cuda" else "cpu"
+    return {**asdict(row), "results": results, "device": computed, "seconds": round(time.process_time() - begun, 1)}
 
 
 def _kept(values: np.ndarray) -> str:
@@ -215,13 +223,13 @@ def _summary(key: tuple[Any, ...], seeds: dict[int, dict[str, Any]]) -> dict[str
     return summary
 
 
-def run(wanted: Sequence[Row], workers: int) -> bool:
+def run(wanted: Sequence[Row], workers: int, device: str) -> bool:
     """Measure rows, and keep each as it is done; False where any failed, with the traceback said."""
     good = True
     for name in {row.checkpoint for row in wanted if row.variant != "plain"}:
         methods.make_variant(name, "outliers", 0)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(measure, row): row for row in wanted}
+        futures = {pool.submit(measure, row, device): row for row in wanted}
         for done, future in enumerate(as_completed(futures), start=1):
             try:
                 kept = future.result()
@@ -251,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", type=re.compile, default=re.compile(""), help="rows whose name this finds")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--list", action="store_true", help="name the rows that are left, and end")
     options = parser.parse_args()
@@ -263,7 +272,7 @@ def main() -> None:
     if options.list:
         print(*wanted, sep="\n")
         return
-    good = options.report or run(wanted, options.workers)
+    good = options.report or run(wanted, options.workers, options.device)
     summaries = report()
     print(*in_lines(summaries), sep="\n")
     print(common.write("allocation", "python benchmarks/allocation.py", summaries))

@@ -29,7 +29,7 @@ LIBRARIES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores and library versions: what a figure depends on."""
+    """Processor, cores, a GPU and library versions: what a figure depends on."""
     model = (
         next(
             (
@@ -52,6 +52,7 @@ def machine() -> dict[str, object]:
         "processor": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "system": platform.system(),
         "python": platform.python_version(),
         "libraries": found,

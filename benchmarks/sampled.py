@@ -3,7 +3,8 @@
     python benchmarks/sampled.py FOUND.json export CHECKPOINT --method awq ...
 
 A thread looks at the stack of the main one. What is done is told by the innermost function that KINDS names; those
-that do little else than multiply matrices are MULTIPLYING. Wall time, so that reading and waiting show as well.
+that do little else than multiply matrices are MULTIPLYING. Wall time, so that reading and waiting show as well; what a
+GPU does is told of the function that waits for it.
 """
 
 import json
@@ -74,7 +75,14 @@ def main() -> None:
     finally:
         over.set()
         watching.join()
-        file.write_text(json.dumps(summary(counts), indent=1) + "\n")
+        file.write_text(json.dumps(summary(counts) | on_gpu(), indent=1) + "\n")
+
+
+def on_gpu() -> dict[str, int]:
+    """The most memory that torch took of a GPU, in bytes, where it took any."""
+    import torch  # after the command, which has imported it by then
+
+    return {"gpu_peak_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_initialized() else {}
 
 
 def summary(counts: dict[tuple[str, str], float]) -> dict[str, object]:

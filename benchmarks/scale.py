@@ -1,13 +1,14 @@
 """What an export costs at the shapes that people have: peak memory, wall and processor seconds of RTN, AWQ and GPTQ.
 
     python benchmarks/scale.py [--shape llava-1.5-7b] [--scale 0.25] [--method awq] [--samples 32] [--blocks 2]
-                               [--calibrate-in bfloat16]
+                               [--calibrate-in bfloat16] [--device cuda]
 
 The checkpoint has random weights of the shape named (`random_checkpoint.py`), the samples are random pictures with a
 request for a caption, and each export is `vlmq export` at 4 bits in groups of 128 in a process of its own, whose peak
 resident memory and processor seconds the operating system tells; `sampled.py` says where the time went, and `vlmq plan`
 what memory it would take. A result says what part of the shape it is of. Run
-again, the command keeps what results/scale.json has of other shapes, parts, methods and numbers of samples.
+again, the command keeps what results/scale.json has of other shapes, parts, methods and numbers of samples. With a GPU
+blocks are calibrated and solved there, and the results are results/scale-cuda.json.
 """
 
 import argparse
@@ -84,7 +85,9 @@ def layers(folder: Path) -> dict[str, int]:
     return {part: config[name]["num_hidden_layers"] for part, name in parts.items() if name in config}
 
 
-def export(source: Path, method: str, data: Path, samples: int, calibrate_in: str, folder: Path) -> dict[str, object]:
+def export(
+    source: Path, method: str, data: Path, samples: int, calibrate_in: str, device: str, folder: Path
+) -> dict[str, object]:
     """One export: what it cost, and what it wrote."""
     output = folder / f"{source.name}-{method}"
     rmtree(output, ignore_errors=True)
@@ -93,7 +96,17 @@ def export(source: Path, method: str, data: Path, samples: int, calibrate_in: st
     plan = [sys.executable, "-m", "vlmq", "plan", *wanted, "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, check=True, text=True).stdout)["peak_memory"]
     profile = folder / f"{output.name}.json"
-    wanted += ["--calibrate-in", calibrate_in, "-o", str(output), "--calibration", str(data), "--fresh"]
+    wanted += [
+        "--calibrate-in",
+        calibrate_in,
+        "--device",
+        device,
+        "-o",
+        str(output),
+        "--calibration",
+        str(data),
+        "--fresh",
+    ]
     command = [sys.executable, str(HERE / "sampled.py"), str(profile), "export", *wanted]
     cost = measured(command, folder / f"{output.name}.log")
     count = layers(source)
@@ -119,6 +132,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of widths, heads and layers")
     parser.add_argument("--blocks", type=int, help="only so many layers of each transformer, 2 or more")
     parser.add_argument("--calibrate-in", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where blocks are solved")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlmq-scale", help="for checkpoints"
     )
@@ -130,18 +144,20 @@ def main() -> None:
         for samples in options.samples:
             data = pictures(samples, options.folder)
             for method in options.method:
-                found = export(source, method, data, samples, options.calibrate_in, options.folder)
+                found = export(source, method, data, samples, options.calibrate_in, options.device, options.folder)
                 which = (shape, options.scale, options.blocks, method, samples, options.calibrate_in)
                 rows.append({**dict(zip(WHICH, which, strict=True)), **found})
                 print(json.dumps(rows[-1]), flush=True)
 
     import common  # not before the exports: it loads torch, and a child begins with our peak
 
-    before = common.RESULTS / "scale.json"
+    name = "scale" if options.device == "cpu" else f"scale-{options.device}"
+    before = common.RESULTS / f"{name}.json"
     kept = json.loads(before.read_text())["results"] if before.exists() else []
     new = {tuple(row[key] for key in WHICH) for row in rows}
     rows = [row for row in kept if tuple(row[key] for key in WHICH) not in new] + rows
-    print(common.write("scale", "python benchmarks/scale.py", rows))
+    command = "python benchmarks/scale.py" + ("" if options.device == "cpu" else f" --device {options.device}")
+    print(common.write(name, command, rows))
 
 
 if __name__ == "__main__":

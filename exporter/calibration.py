@@ -57,7 +57,7 @@ class Call:
     ) -> None:
         self.activations, self.dtype = activations or Activations(), dtype
         self.hands_on, self.handed = hands_on, dict[str, Kept]()
-        self.place = self.activations.keep(hidden)
+        self.place = self.activations.keep(hidden.cpu())
         self.by_name = "hidden_states" in kwargs
         self._args = _kept(args, self.activations)
         self._kwargs = _kept(
@@ -105,7 +105,7 @@ def _kept(value: Any, activations: Activations) -> Any:
     """Arguments of a module with every tensor put away."""
     match value:
         case Tensor():
-            return activations.keep(value)
+            return activations.keep(value.cpu())
         case tuple() | list():
             return tuple(_kept(each, activations) for each in value)
         case dict():
@@ -132,7 +132,8 @@ class Calibration:
     """Batches of prepared samples, and the outputs of the stages that have run: what later stages are played.
 
     alongside: whether the full-precision model runs alongside the quantized one. dtype: in which linears of blocks
-    multiply on the way: float32, or bfloat16, which many processors do several times as fast.
+    multiply on the way: float32, or bfloat16, which many processors do several times as fast. device: where the parts
+    of the model are that are no blocks.
     """
 
     def __init__(
@@ -142,8 +143,9 @@ class Calibration:
         alongside: bool = False,
         activations: Activations | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
-        self.model, self.alongside, self.dtype = model, alongside, dtype
+        self.model, self.alongside, self.dtype, self.device = model, alongside, dtype, device
         self.activations = activations or Activations()
         self.played: Played = []
         self.reference_played: Played = []
@@ -239,8 +241,8 @@ class Calibration:
             with ExitStack() as stubs:
                 for stage, outputs in played:
                     if index in outputs:
-                        stubs.enter_context(_playing(self.model, stage, outputs[index].read()))
-                self.model(**_read(self._batches[index]), use_cache=False)
+                        stubs.enter_context(_playing(self.model, stage, outputs[index].read().to(self.device)))
+                self.model(**_read(self._batches[index], self.device), use_cache=False)
         except _Reached:
             return caught[0]
         finally:

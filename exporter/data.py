@@ -88,7 +88,7 @@ def _read(source: str, split: str, count: int | None, seed: int, text_only: bool
 
 
 def demo_folder(split: str) -> Path:
-    """The demo's calibration or evaluation set on disk, drawn once into the user's cache."""
+    """One of the demo's sets (`demo/splits.py`) on disk, drawn once into the user's cache."""
     from vlmq.exporter.demo.dataset import write_split
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlmq" / f"demo-{_world_version()}"

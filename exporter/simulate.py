@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from vlmq.exporter import ends
 from vlmq.exporter.calibration import Calibration, Inputs, prepare
 from vlmq.exporter.checkpoint import Checkpoint
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.quantize import needs_reference, quantize
 from vlmq.exporter.recipe import Recipe
 from vlmq.exporter.rotation import rotate
@@ -25,19 +26,22 @@ def simulate(
 
 @torch.no_grad()
 def simulate_batches(
-    checkpoint: Checkpoint, recipe: Recipe, batches: list[Inputs]
+    checkpoint: Checkpoint, recipe: Recipe, batches: list[Inputs], device: torch.device = CPU
 ) -> tuple[PreTrainedModel, dict[str, Solved]]:
-    """`simulate`, on samples that are prepared already; with none, for recipes that look at none."""
+    """`simulate`, on samples that are prepared already; with none, for recipes that look at none.
+
+    device: where blocks are solved, and where the model is in the end.
+    """
     checkpoint = rotate(checkpoint, recipe.rotate)
     model = checkpoint.skeleton()
     plan = ends.plan(checkpoint, model, recipe)
     assignment = recipe.assign(plan)
     calibration = Calibration(model, batches, needs_reference(assignment)) if batches else None
-    simulated = checkpoint.model()
+    simulated = checkpoint.model().to(device)
     for name in checkpoint.transforms:  # as precise as a file of them would be, and no more
         simulated.get_parameter(name).copy_(checkpoint.read(name))
     solved: dict[str, Solved] = {}
-    for block in quantize(checkpoint, model, plan, assignment, calibration):
+    for block in quantize(checkpoint, model, plan, assignment, calibration, device=device):
         for name, site in block.sites.items():
             simulated.get_parameter(f"{name}.weight").copy_(dense(site.weight))
         for name, tensor in block.changed.items():

@@ -1,13 +1,16 @@
-"""A device that computes on the processor but keeps its tensors apart, as a GPU does.
+"""Devices that are not the processor: a GPU, and one that computes on the processor but keeps its tensors apart as a
+GPU does.
 
-A tensor on it says that it lies on DEVICE; whatever mixes it with one that lies here raises, as on a GPU. So the code
-that takes a block to a GPU and back runs, and is held to the bits that the processor gives, where there is none.
+A tensor on that one says that it lies on DEVICE; whatever mixes it with one that lies here raises, as on a GPU. So the
+code that takes a block to a GPU and back runs, and is held to the bits that the processor gives, where there is none.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -43,10 +46,31 @@ class _Everywhere(TorchDispatchMode):
         return _run(operation, args, kwargs or {})
 
 
+class _Numbers(TorchFunctionMode):
+    """Tensors from numbers and back, which torch does below where `_Everywhere` looks."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tensor and kwargs.get("device") == DEVICE:
+            return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if function is torch.Tensor.tolist and isinstance(args[0], Elsewhere):
+            return args[0].here.tolist()
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def a_device_elsewhere() -> Iterator[torch.device]:
-    with _Everywhere():
+    with _Everywhere(), _Numbers():
         yield DEVICE
+
+
+def a_gpu() -> AbstractContextManager[torch.device]:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return nullcontext(torch.device("cuda", 0))
+
+
+DEVICES = (a_device_elsewhere, a_gpu)
 
 
 def _run(operation, args, kwargs):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from elsewhere import DEVICES
 
 from vlmq.exporter.calibration import prepare
 from vlmq.exporter.checkpoint import open_checkpoint
@@ -13,6 +14,7 @@ from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.runtime import open_processor
 from vlmq.exporter.search import budget, knapsack, quadratic
+from vlmq.exporter.search.allocate import _candidates
 from vlmq.exporter.search.fisher import answered, divergence, effects, log_probabilities, together
 from vlmq.exporter.search.grid import Configuration
 from vlmq.exporter.search.pieces import plan
@@ -118,6 +120,31 @@ def test_choices_whose_effects_cancel_are_found_where_each_alone_is_bad():
         quadratic.solve(costs, sizes, 2)
 
 
+def test_loosened_effects_are_those_of_a_common_part_and_of_another_in_which_items_share_nothing():
+    made, _ = effects_of(0, items=4, choices=3)
+    chosen = (0, 1, 0, 1)
+    own = 0.5 * sum(np.square(made[:, item, place]).mean() for item, place in enumerate(chosen))
+    expected = 0.3 * half_the_mean_square(made, chosen) + 0.7 * own
+    found = quadratic.loosened(quadratic.products(made), 0.3)
+    assert quadratic.cost(found, chosen) == pytest.approx(expected)
+    assert quadratic.cost(quadratic.products(made), chosen) == pytest.approx(half_the_mean_square(made, chosen))
+
+
+def test_among_candidates_are_the_same_for_all_and_the_best_a_width_away_from_it():
+    made, _ = effects_of(1, items=4, choices=6)
+    made *= 4.0 ** -np.arange(6)  # each width errs a quarter as much as the one before
+    made[:, 0] *= 100  # so that it is given the most by far, where it may be
+    sizes = np.array([[2, 3, 4, 5, 6, 16]] * 4)
+    costs = [quadratic.products(made)]
+    found = _candidates(costs, sizes, 4 * 4 + 1, [2, 3, 4, 5, 6, 16])
+    best, near, same = found
+    assert best[0] > 3
+    assert same == (2, 2, 2, 2)
+    assert near[0] == 3
+    assert set(near) <= {1, 2, 3}
+    assert all(sizes[range(4), each].sum() <= 17 for each in found)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -190,14 +217,15 @@ def test_rules_are_few_where_linears_agree(of):
 def chosen_for(random_samples, tmp_path_factory):
     """The items of a checkpoint at some bits, and its model."""
 
-    def found(checkpoint, plain, recipe, bits):
+    def found(checkpoint, plain, recipe, bits, device="cpu"):
         choices = {
             Choice(width): with_rules(recipe, plain, {site.name: Choice(width) for site in plain.sites}).assign(plain)
             for width in bits
         }
         batches = prepare(random_samples, open_processor(checkpoint.folder), checkpoint.family)
-        model = checkpoint.model()
-        return items(checkpoint, model, plain, choices, batches, tmp_path_factory.mktemp("changes")), model, batches
+        model = checkpoint.model().to(device)
+        folder = tmp_path_factory.mktemp("changes")
+        return items(checkpoint, model, plain, choices, batches, folder), model, batches
 
     return found
 
@@ -231,6 +259,29 @@ def test_half_the_mean_square_effect_is_the_divergence_of_small_errors_together(
         apart = 0.5 * float(told[:, :, place].double().square().sum(1).mean())
         assert together_ == pytest.approx(measured, rel=0.2)
         assert abs(apart - measured) > abs(together_ - measured)
+
+
+@pytest.mark.parametrize("elsewhere", DEVICES)
+@pytest.mark.parametrize("variant", ["llava-llama", "blip2-opt"])
+def test_effects_that_are_found_on_another_device_are_those_found_here(
+    of, chosen_for, random_samples, variant, elsewhere
+):
+    checkpoint, plain = of(variant)
+    recipe = make_recipe({**BASE, "method": "rtn"})
+    asked = together(answered(random_samples[:4], open_processor(checkpoint.folder), checkpoint), 2)
+
+    def found(device):
+        made, model, _ = chosen_for(checkpoint, plain, recipe, (2, 3), device)
+        return effects(model, made, asked), log_probabilities(model, asked)
+
+    (mine, expected), here = found("cpu"), torch.device("cpu")
+    with elsewhere() as device:
+        theirs, told = found(device)
+    assert theirs.device == here
+    assert {each.device for each in told} == {here}
+    assert mine.abs().max() > 0.01
+    torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-4 * mine.abs().max().item())
+    torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_together_say_what_each_says_alone(of, random_samples):

@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from elsewhere import a_device_elsewhere
+from elsewhere import DEVICES
 from transformers import AutoModelForImageTextToText
 
 from vlmq.exporter import ends, folds
@@ -110,28 +110,29 @@ def test_every_block_saw_what_the_whole_quantized_model_gives_it(recipe, variant
             torch.testing.assert_close(outputs[index].read(), caught[stage[-1].name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("elsewhere", DEVICES)
 @pytest.mark.parametrize("variant", ["blip2-opt", "llava-llama"])
 @pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
 def test_blocks_that_are_solved_on_another_device_come_back_as_those_solved_here(
-    recipe, variant, tiny_folders, random_samples
+    recipe, variant, elsewhere, tiny_folders, random_samples
 ):
     """Alike but for the last bits of products: these may decide between candidates that err by as much."""
     here, _ = run(tiny_folders[variant], variant, random_samples, **RECIPES[recipe])
-    with a_device_elsewhere() as device:
+    with elsewhere() as device:
         there, _ = run(tiny_folders[variant], variant, random_samples, device=device, **RECIPES[recipe])
     found, back = sites(here), sites(there)
     assert found.keys() == back.keys()
     for name, solved in found.items():
         weight, fold = back[name].weight, back[name].fold
         tensors = (weight.codes, weight.scale, weight.zero, *([] if fold is None else [fold]))
-        assert all(type(tensor) is torch.Tensor for tensor in tensors)  # in the processor's memory
+        assert all(type(tensor) is torch.Tensor and tensor.device == CPU for tensor in tensors)
         assert 0.4 < back[name].loss / solved.loss < 2.5
         if solved.scheme.method in ("uniform", "rtn"):  # which look at no input
             assert torch.equal(weight.codes, solved.weight.codes)
     for one, other in zip(here, there, strict=True):
         assert one.changed.keys() == other.changed.keys()
-        assert all(type(tensor) is torch.Tensor for tensor in other.changed.values())
+        assert all(type(tensor) is torch.Tensor and tensor.device == CPU for tensor in other.changed.values())
 
 
 def test_awq_leaves_a_smaller_error_than_rtn_at_every_component(variant, tiny_folders, random_samples):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from elsewhere import DEVICES
 from PIL import Image
 
 from vlmq.exporter import simulate
@@ -117,6 +118,36 @@ def test_in_sequence_each_component_is_calibrated_on_what_the_quantized_ones_put
     made.compose(list(pieces.values()))
     assert equal(made.model, exported, [f"{site.name}.weight" for site in _sites(made, "vision")])
     assert not equal(made.model, exported, [f"{site.name}.weight" for site in _sites(made, "language")])
+
+
+@pytest.mark.parametrize("elsewhere", DEVICES)
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_on_another_device_compositions_score_as_they_do_here(
+    variant, elsewhere, tiny_folders, random_samples, tmp_path
+):
+    """Alike but for the last bits of sums; rounding to nearest asks none, and 8 bits hardly."""
+    folder = str(tiny_folders[variant])
+    recipes = {"method": "rtn", "bits": 3, **BASE}, {"method": "gptq", "bits": 8, **BASE}
+
+    def scores(device, place):
+        place.mkdir()
+        made = Bench(folder, None, (), random_samples, place, device)
+        asked = made.ask("vqa", asked_of("vqa", random_samples))
+        found = [made.score_in_sequence(recipe, asked) for recipe in recipes]
+        for recipe in recipes:
+            pieces = list(pieces_of(folder, recipe).values())
+            for piece in pieces:
+                made.make(piece)
+            found.append(made.score(pieces, asked))
+        assert made.model.device == device
+        return found
+
+    here = scores(torch.device("cpu"), tmp_path / "here")
+    with elsewhere() as device:
+        there = scores(device, tmp_path / "there")
+    assert here[0]["divergence"] > 10 * here[1]["divergence"] > 0
+    for mine, theirs in zip(here, there, strict=True):
+        assert theirs == pytest.approx(mine, rel=0.02, abs=1e-6)
 
 
 def _sites(made, component):

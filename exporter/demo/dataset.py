@@ -19,7 +19,7 @@ ANNOTATORS = 10  # VQAv2 asks as many people; here they agree
 
 
 def write_split(split: str, folder: Path) -> Path:
-    """Write "calibration" or "evaluation" into a folder, the same bytes each time, and return the folder.
+    """Write one of SPLITS into a folder, the same bytes each time, and return the folder.
 
     images/{id}.png     64 x 64 RGB
     questions.json      {"questions": [{image_id, question, question_id}]}

@@ -9,12 +9,17 @@ from vlmq.exporter.demo.questions import Question, questions_about
 from vlmq.exporter.demo.world import scene_of
 
 CALIBRATION = range(1_000_000, 1_000_256)
+ASKING = range(1_000_256, 1_001_280)  # for what needs more than a calibration does, as the allocation of bits
 EVALUATION = range(2_000_000, 2_000_600)
 VALIDATION = range(3_000_000, 3_010_000)  # to choose among checkpoints while training
 TRAINING = range(10_000_000, 1_000_000_000)
 
-SPLITS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
-QUESTIONS = {"calibration": 2, "evaluation": 4}  # per picture; 2400 in all give a 95 % interval of 2 points
+SPLITS = {"calibration": CALIBRATION, "asking": ASKING, "evaluation": EVALUATION}
+QUESTIONS = {
+    "calibration": 2,
+    "asking": 2,
+    "evaluation": 4,
+}  # per picture; 2400 in all give a 95 % interval of 2 points
 
 
 def questions_of(split: str) -> dict[int, list[Question]]:

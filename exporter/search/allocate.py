@@ -14,6 +14,7 @@ import numpy as np
 from vlmq.exporter import data as datas
 from vlmq.exporter import ends
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.inspection import inspection, stored_dtype
@@ -38,6 +39,7 @@ Formats = Literal["safetensors", "onnx", "both"]
 ASKED = 512  # samples drawn: rare answers that change count for most of the divergence, and few samples have none
 TOGETHER = 16  # of them at once, where the weights are few: what is in between is then little too
 FEW = 2**25  # weights
+COMMON = 0.5  # of what effects of two inputs share, what is left where each is solved on what the quantized put out
 IN_GRAPHS = (2, 4, 8)  # bits whose container in an ONNX graph is no wider than they are
 
 
@@ -58,6 +60,7 @@ class Request:
     samples: int = COUNT
     asked: int = ASKED
     seed: int = 0
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def allocations(
     request: Request, budgets: Sequence[str], progress: Progress = lambda what, done, of: None
 ) -> list[Allocated]:
     """One for each budget, in place of the request's; what choices cost is found once for all."""
+    device = device_of(request.device)
     checkpoint = rotate(open_checkpoint(request.model, request.revision), request.recipe.rotate)
     skeleton = checkpoint.skeleton()
     walk = ends.plan(checkpoint, skeleton, request.recipe)
@@ -112,7 +116,7 @@ def allocations(
     few = sum(parameter.numel() for parameter in skeleton.parameters()) <= FEW
     asked = together(answered(fit, open_processor(checkpoint.folder), checkpoint), TOGETHER if few else 1)
     with TemporaryDirectory(prefix="vlmq-allocate-") as pieces, TemporaryDirectory(prefix="vlmq-choices-") as changes:
-        bench = Bench(request.model, request.revision, request.recipe.rotate, samples, Path(pieces))
+        bench = Bench(request.model, request.revision, request.recipe.rotate, samples, Path(pieces), device)
         found = items(checkpoint, bench.model, walk, assignments, bench.batches, Path(changes), progress)
         for text, most in zip(budgets, allowed, strict=True):
             _refuse_too_little(text, found, most, pinned, elsewhere, weights)
@@ -125,9 +129,10 @@ def allocations(
         sizes = np.array([[item.bytes[choice] for choice in choices] for item in found])
         plain = told.double().numpy()
         costs = [quadratic.products(each) for each in (_refined(plain, found, factors), _whole(plain))]
+        costs += [quadratic.loosened(each, COMMON) for each in costs]
         made = []
         for most in allowed:
-            candidates = _candidates(costs, sizes, most)
+            candidates = _candidates(costs, sizes, most, [choice.bits for choice in choices])
             chosen = [_by_site(found, [choices[place] for place in places]) for places in candidates]
             recipes = [with_rules(request.recipe, walk, each) for each in chosen]
             measured = _measured(recipes, measurer, progress)
@@ -215,12 +220,21 @@ def _whole(found: np.ndarray) -> np.ndarray:
     return np.pad(found, ((0, 0), (0, 0), (0, 1)))
 
 
-def _candidates(costs: Sequence[np.ndarray], sizes: np.ndarray, most: int) -> list[tuple[int, ...]]:
-    """Choices worth measuring, each once: the best by every prediction, and the same for all as far as it goes."""
+def _candidates(
+    costs: Sequence[np.ndarray], sizes: np.ndarray, most: int, bits: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Choices worth measuring, each once: the best by every prediction, and the same for all as far as it goes; also
+    the best that are a width away from that one at most, where predictions err less. bits: of each choice."""
     found = [quadratic.solve(cost, sizes, most) for cost in costs]
     uniform = [(place,) * len(sizes) for place in range(sizes.shape[1])]
     fitting = [places for places in uniform if _total(sizes, places) <= most]
-    found += [max(fitting, key=lambda places: _total(sizes, places))] if fitting else []
+    if fitting:
+        same = max(fitting, key=lambda places: _total(sizes, places))
+        widths = sorted(set(bits))
+        middle = widths.index(bits[same[0]])
+        near = [place for place, width in enumerate(bits) if abs(widths.index(width) - middle) <= 1]
+        chosen = quadratic.solve(costs[-1][:, near][..., near], sizes[:, near], most)
+        found += [tuple(near[place] for place in chosen), same]
     return list(dict.fromkeys(found))
 
 

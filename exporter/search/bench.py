@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vlmq.exporter import ends
 from vlmq.exporter.calibration import Calibration, Inputs, Played, prepare
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.evaluation.tasks import task as evaluation
 from vlmq.exporter.families import COMPONENTS, Component
 from vlmq.exporter.journal import read_block, write_block
@@ -58,10 +59,12 @@ class Bench:
         rotated: Sequence[str],
         calibration: Sequence[Sample],
         folder: Path,
+        device: torch.device = CPU,
     ) -> None:
+        """device: where the model is, and pieces are quantized."""
         self.checkpoint = rotate(open_checkpoint(model, revision), tuple(rotated))
-        self.folder = folder
-        self.model = self.checkpoint.model()
+        self.folder, self.device = folder, device
+        self.model = self.checkpoint.model().to(device)
         self._as_stored(self.checkpoint.transforms)
         self.batches: list[Inputs] = prepare(
             calibration, open_processor(self.checkpoint.folder), self.checkpoint.family
@@ -85,7 +88,7 @@ class Bench:
 
     def in_sequence(self, recipe: Recipe) -> PreTrainedModel:
         """A model quantized as an export does it, each component on what the quantized ones before it put out."""
-        return simulate_batches(self.checkpoint, recipe, self.batches)[0]
+        return simulate_batches(self.checkpoint, recipe, self.batches, self.device)[0]
 
     @torch.no_grad()
     def make(self, piece: Piece) -> None:
@@ -103,7 +106,8 @@ class Bench:
             calibration = Calibration(skeleton, self.batches, needs_reference(assignment))
             played, reference = self._before(piece.component, walk)
             calibration.played, calibration.reference_played = list(played), list(reference)
-        return list(quantize(self.checkpoint, skeleton, _only(walk, [piece.component]), assignment, calibration))
+        only = _only(walk, [piece.component])
+        return list(quantize(self.checkpoint, skeleton, only, assignment, calibration, device=self.device))
 
     def _plan(self, piece: Piece) -> tuple[Walk, Assignment]:
         recipe = make_recipe(piece.recipe)
@@ -116,7 +120,8 @@ class Bench:
             before = COMPONENTS[: COMPONENTS.index(component)]
             skeleton = self.checkpoint.skeleton()
             calibration = Calibration(skeleton, self.batches)
-            list(quantize(self.checkpoint, skeleton, _only(walk, before), Assignment({}, {}), calibration))
+            only = _only(walk, before)
+            list(quantize(self.checkpoint, skeleton, only, Assignment({}, {}), calibration, device=self.device))
             # In full precision, what the reference put out is what came out.
             self._played[component] = (calibration.played, calibration.played)
         return self._played[component]

@@ -1,4 +1,5 @@
-"""Where the tasks of a sweep run: in this process, in several of one thread each, or on a Ray cluster.
+"""Where the tasks of a sweep run: in this process, in several of one thread each, or on a Ray cluster. With GPUs each
+worker has one, as far as there are.
 
 All give the same outcomes, in the order in which they are ready. A task that fails is an outcome too: the message.
 """
@@ -10,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,11 +26,11 @@ Each = Callable[[Sequence[Task]], Iterator[tuple[Task, Outcome]]]
 
 
 def engine(
-    name: EngineName, work: Work[Task], workers: int, address: str | None = None
+    name: EngineName, work: Work[Task], workers: int, address: str | None = None, gpu: bool = False
 ) -> AbstractContextManager[Each[Task]]:
-    """A context that gives a function from tasks to their outcomes; of what `refuse` lets pass."""
+    """A context that gives a function from tasks to their outcomes; of what `refuse` lets pass. gpu: each takes one."""
     if name == "ray":
-        return _ray(work, workers, address)
+        return _ray(work, workers, address, gpu)
     return _inline(work) if workers == 1 else _processes(work, workers)
 
 
@@ -65,7 +67,11 @@ def _inline(work: Work[Task]) -> Iterator[Each[Task]]:
 
 @contextmanager
 def _processes(work: Work[Task], workers: int) -> Iterator[Each[Task]]:
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    context = get_context("spawn")
+    ranks = context.SimpleQueue()
+    for rank in range(workers):
+        ranks.put(str(rank))
+    with ProcessPoolExecutor(workers, context, _one_of, (ranks,)) as pool:
 
         def each(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
             futures = {pool.submit(attempt, work, task): task for task in tasks}
@@ -84,9 +90,15 @@ def _processes(work: Work[Task], workers: int) -> Iterator[Each[Task]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _one_of(ranks: "SimpleQueue[str]") -> None:
+    """Begin a worker: one thread, and of several GPUs its own (`devices.py`)."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = ranks.get()
+
+
 @contextmanager
-def _ray(work: Work[Task], workers: int, address: str | None) -> Iterator[Each[Task]]:
-    """Each task takes one core; Ray decides where it runs.
+def _ray(work: Work[Task], workers: int, address: str | None, gpu: bool) -> Iterator[Each[Task]]:
+    """Each task takes one core, and a GPU where one is wanted, the only one that it sees; Ray decides where it runs.
 
     Without an address a cluster of `workers` cores is started here, and ends with the sweep.
     """
@@ -98,7 +110,7 @@ def _ray(work: Work[Task], workers: int, address: str | None) -> Iterator[Each[T
         raise VlmqError(f"--ray-address {address}: no cluster there ({error}); start one with `ray start`") from error
     try:
         # A worker that dies takes its task with it: the sweep retries, and counts, by itself.
-        remote: Any = ray.remote(num_cpus=1, max_retries=0)(_one_thread)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=0)(_one_thread)
 
         def each(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
             shared = ray.put(work)

@@ -44,7 +44,7 @@ class Features:
         parts = []
         for number, pixels in enumerate(batches):
             with _remembering(tower, seen, number, self.seen.limit):
-                found = model.get_image_features(pixels, return_dict=True).pooler_output  # type: ignore[operator]
+                found = model.get_image_features(pixels.to(model.device), return_dict=True).pooler_output  # type: ignore[operator]
             parts.append(found if isinstance(found, Tensor) else torch.stack(list(found)))
         self.seen.trim()
         return torch.cat(parts)
@@ -80,7 +80,7 @@ def fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str | None:
             return None
         digest.update(f"{name} {type(part).__name__}\n".encode())
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            digest.update(tensor.detach().numpy().tobytes())
+            digest.update(tensor.cpu().detach().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -83,8 +83,8 @@ def effects(
 ) -> Tensor:
     """a of every draw, of every item at every choice below 16 bits: (draws * samples, items, choices) float32.
 
-    model: in memory, float32. Of an answer of several tokens, E[a^2] is the mean over them. A linear that a sample does
-    not run has no effect on it.
+    model: in memory, float32, on any device. Of an answer of several tokens, E[a^2] is the mean over them. A linear
+    that a sample does not run has no effect on it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def effects(
             effect = torch.zeros(count, draws, len(item.choices))
             for site, errors in item.changes():
                 if site in read:
-                    effect += _effect(errors, read[site], gradients[site], count)
+                    effect += _effect(errors, read[site], gradients[site], count).cpu()
             each.append(effect)
         found.append(torch.stack(each, 2).flatten(0, 1))
     progress("effects", len(samples), len(samples))
@@ -110,14 +110,20 @@ def effects(
 @torch.no_grad()
 def log_probabilities(model: nn.Module, samples: Iterable[tuple[Inputs, int]]) -> list[Tensor]:
     """Of the tokens that answer each sample, or several together: (b, answer, vocabulary) float64."""
-    found = (foretelling(model(**inputs, use_cache=False).logits, answer) for inputs, answer in samples)
-    return [logits.double().log_softmax(-1) for logits in found]
+    return [_told(model, inputs, answer).double().log_softmax(-1).cpu() for inputs, answer in samples]
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Mean KL(reference || other) in nats: over the tokens of an answer, then over samples."""
     each = [(mine.exp() * (mine - theirs)).sum(-1).mean(-1) for mine, theirs in zip(reference, other, strict=True)]
     return float(torch.cat(each).mean())
+
+
+def _told(model: nn.Module, inputs: Inputs, answer: int) -> Tensor:
+    """The logits that answer, where the model is."""
+    device = next(model.parameters()).device
+    given = {name: each.to(device) for name, each in inputs.items()}
+    return foretelling(model(**given, use_cache=False).logits, answer)
 
 
 @torch.enable_grad()
@@ -137,11 +143,11 @@ def _seen(
     with ExitStack() as hooks:
         for site in sites:
             hooks.callback(model.get_submodule(site).register_forward_hook(partial(keep, site)).remove)
-        telling = foretelling(model(**inputs, use_cache=False).logits, answer)
+        telling = _told(model, inputs, answer)
     p = telling.detach().softmax(-1)
     gradients: dict[str, list[Tensor]] = {name: [] for name in put_out}
     for _ in range(draws):
-        signed = p.sqrt() * (2.0 * torch.randint(2, p.shape, generator=generator) - 1)
+        signed = p.sqrt() * (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p.device)
         z = signed - p * signed.sum(-1, keepdim=True)
         # Signs of different tokens are apart: the square of the sum is, in expectation, the sum of their squares.
         loss = (z * telling).sum() / p.shape[1] ** 0.5
@@ -160,7 +166,7 @@ def _effect(errors: Sequence[Tensor], x: Tensor, gradients: Sequence[Tensor], sa
     """
     rows, columns = x.flatten(0, -2), []
     for error in errors:
-        change = rows @ error.T  # of what it puts out
+        change = rows @ error.to(rows.device).T  # of what it puts out
         by_token = [(change * gradient.flatten(0, -2)).sum(-1) for gradient in gradients]
         columns.append(torch.stack([tokens.view(samples, -1).sum(-1) for tokens in by_token], -1))
     return torch.stack(columns, -1)

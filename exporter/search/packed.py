@@ -144,7 +144,7 @@ class Scorer:
             asked[image].append(Path(place, self.prompts[place], self.drafts[place]))
         return pack(asked, IMAGES, padding)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, model: PreTrainedModel) -> Scores:
         """Everything about all of the questions, in their order."""
         features = self.features.of(model)
@@ -152,7 +152,7 @@ class Scorer:
         vocabulary = len(model.get_parameter(f"{self.language.head}.weight"))
         logits = np.empty((self.told.sum(), vocabulary), np.float32)
         for batch in self.batches:
-            self._answer(model, batch, features, tokens, logits)
+            self._answer(model, batch.to(model.device), features, tokens, logits)
         texts = [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
         right = np.array([vqa.accuracy(text, sample.answers) for text, sample in zip(texts, self.samples, strict=True)])
         return Scores(tokens, texts, right, logits, self.told)
@@ -164,10 +164,10 @@ class Scorer:
         cache: Any = DynamicCache()
         embeds = model.get_input_embeddings()(batch.tokens)
         here = (batch.tokens == self.mark).unsqueeze(-1)
-        embeds = embeds.masked_scatter(here, features[batch.images])
+        embeds = embeds.masked_scatter(here, features[torch.tensor(batch.images)])
         mask = batch.mask(HIDDEN)
         rows, told = batch.rows[:, None], batch.told
-        wanted = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+        wanted = torch.zeros_like(batch.tokens, dtype=torch.bool)
         wanted[rows, told] = True
         with self._last_block_on(model, wanted):
             hidden = self._decode(model, embeds, mask, batch.positions, cache)
@@ -177,7 +177,7 @@ class Scorer:
         unfinished = []
         for number, place in enumerate(batch.places):
             begin, count = begins[place], self.told[place]
-            logits[begin : begin + count] = found[number, :count].numpy()
+            logits[begin : begin + count] = found[number, :count].cpu().numpy()
             for choice, draft in zip(choices[number], self.drafts[place], strict=False):
                 if choice in self.stop:
                     break
@@ -189,7 +189,8 @@ class Scorer:
             places = [batch.places[number] for number in unfinished]
             # A draft is right but for the last token found, which the sequence does not hold: that one is fed.
             held = torch.tensor([len(tokens[place]) - 1 for place in places])
-            self._go_on(model, cache, mask, batch.rows[unfinished], told[unfinished, held], batch, places, tokens)
+            left = torch.tensor(unfinished)
+            self._go_on(model, cache, mask, batch.rows[left], told[left, held], batch, places, tokens)
 
     @contextmanager
     def _last_block_on(self, model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
@@ -248,7 +249,7 @@ class Scorer:
                 cache.batch_select_indices(kept)
                 seen, positions, places = seen[kept], positions[kept], [places[index] for index in kept.tolist()]
             seen = torch.nn.functional.pad(seen, (0, 1))
-            said = torch.tensor([[tokens[place][-1]] for place in places])
+            said = torch.tensor([[tokens[place][-1]] for place in places], device=model.device)
             hidden = self._decode(model, model.get_input_embeddings()(said), seen, positions, cache)
             choices = model.get_submodule(self.language.head)(hidden[:, -1]).argmax(-1).tolist()
             for place, choice in zip(places, choices, strict=True):

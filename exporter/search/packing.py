@@ -5,8 +5,9 @@ else. What several questions begin with is there once, the image's tokens first 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,11 @@ class Packed:
     places: list[int]  # of the questions
     rows: Tensor  # (q,) int: their sequences
     told: Tensor  # (q, steps) int: where in it; behind a draft's end its last token again
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same, its tensors on a device."""
+        moved: Any = {name: each.to(device) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **moved)
 
     def mask(self, hidden: float) -> Tensor:
         """What each token may look at, as an addend to attention scores, `hidden` where not: (b, 1, n, n) float."""

@@ -24,6 +24,13 @@ def products(effects: np.ndarray) -> np.ndarray:
     return (0.5 / count * rows.T @ rows).reshape(*shape, *shape)
 
 
+def loosened(costs: np.ndarray, share: float) -> np.ndarray:
+    """Q of effects of which two items have only so much in common: the products of different items times `share`."""
+    found, items = share * costs, np.arange(len(costs))
+    found[items, :, items] = costs[items, :, items]
+    return found
+
+
 def cost(costs: np.ndarray, chosen: Sequence[int]) -> float:
     """What choices do, in nats: costs is Q above, chosen the place of each item's choice."""
     items, places = np.arange(len(costs)), list(chosen)

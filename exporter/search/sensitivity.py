@@ -74,11 +74,11 @@ def items(
 ) -> list[Item]:
     """One item for every input of a block that has a linear to choose for; what it changes is kept in `folder`.
 
-    model: the whole checkpoint, in memory, float32; left as it was. assignments: of every choice below 16 bits, all
-    with the same sites. Two bytes are kept of each weight for each choice.
+    model: the whole checkpoint, in memory, float32, on any device; left as it was. assignments: of every choice below
+    16 bits, all with the same sites. Two bytes are kept of each weight for each choice.
     """
     found: list[Item] = []
-    calibration = Calibration(model, batches)
+    calibration = Calibration(model, batches, device=model.device)
     stages = [stage for stage in walk.stages if stage[0].sites[0].kind not in ("embedding", "head")]
     total, done = sum(map(len, stages)), 0
     for stage in stages:
@@ -116,9 +116,9 @@ def _of_block(
         for choice, assignment in assignments.items():
             schemes = {site.name: assignment.schemes[site.name] for site in free}
             size[choice] = sum(site_bytes(site, schemes[site.name], width) for site in free)
-            given = Given(checkpoint, model, {name: _simple(scheme) for name, scheme in schemes.items()})
+            given = Given(checkpoint, model, {name: _simple(each) for name, each in schemes.items()}, model.device)
             changed = _changed(replace(entry, sites=tuple(free)), given, seen)
-            kept |= {_key(choice, name): error.bfloat16() for name, error in changed.items()}
+            kept |= {_key(choice, name): error.bfloat16().cpu() for name, error in changed.items()}
         file = folder / f"{block.name}.{index}.safetensors"
         save_file(kept, file)
         yield Item(block.component, tuple(site.name for site in free), size, file)

@@ -16,6 +16,7 @@ import transformers
 import vlmq
 from vlmq.exporter import data as datas
 from vlmq.exporter.checkpoint import Checkpoint, open_checkpoint
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.evaluation.tasks import task as evaluation
 from vlmq.exporter.progress import Progress, silent
@@ -57,6 +58,7 @@ class Request:
     workers: int = 1
     engine: EngineName = "process"
     address: str | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Job:
     calibration: tuple[Sample, ...]
     evaluation: tuple[evaluation.Asked, ...]
     pieces: Path
+    device: str  # cpu, cuda, which is a worker's own of several, or cuda:1
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def sweep(request: Request, progress: Progress = silent) -> Swept:
     task_of(request.task)
     grid = read_grid(request.grid)
     engines.refuse(request.engine, request.workers, request.address)
+    device = _device(request)
     checkpoint = open_checkpoint(request.model, request.revision)
     found = configurations(grid, walk(checkpoint.skeleton(), checkpoint.family), request.grid)
     rotations = {make_recipe(each.recipe).rotate for each in found if each.recipe}
@@ -123,13 +127,14 @@ def sweep(request: Request, progress: Progress = silent) -> Swept:
         raise VlmqError(f"{request.samples} samples: at least one is needed; choose a larger --samples")
     count = request.samples if looking else 0
     calibrated, asked = _samples(request, checkpoint, count)
-    identity = _identity(request, checkpoint, planned, calibrated, asked)
+    identity = _identity(request, device, checkpoint, planned, calibrated, asked)
     with opened(request.output, identity) as ledger:
-        job = Job(request.model, request.revision, rotated, request.task, calibrated, asked, ledger.pieces)
+        job = Job(request.model, request.revision, rotated, request.task, calibrated, asked, ledger.pieces, device)
         distinct = {each.key: each for each in planned}
         if any(ledger.is_open(key) for key in distinct):
             work = partial(perform, job)
-            with engines.engine(request.engine, work, request.workers, request.address) as each:
+            gpu = device != "cpu"
+            with engines.engine(request.engine, work, request.workers, request.address, gpu) as each:
                 _measure(list(distinct.values()), ledger, each, request.sequential, progress)
         rows = [tables.row(each, ledger.scores[each.key]) for each in planned if each.key in ledger.scores]
         files = tables.write(rows, request.output, checkpoint.family.name) if rows else ()
@@ -140,6 +145,14 @@ def sweep(request: Request, progress: Progress = silent) -> Swept:
             if each.key not in ledger.scores and each.key in ledger.failures
         }
     return Swept(request.output, tuple(rows), failures, len(distinct), len(pieces), files)
+
+
+def _device(request: Request) -> str:
+    """What --device means; VlmqError where it is not there. A cluster has others than this machine."""
+    if request.address and request.device != "auto":
+        return request.device
+    found = device_of(request.device)
+    return found.type if request.device == "auto" else request.device
 
 
 def _samples(
@@ -211,7 +224,8 @@ def perform(job: Job, task: Make | Measure) -> Outcome:
 
 @lru_cache(maxsize=1)
 def _bench(job: Job) -> Bench:
-    return Bench(job.model, job.revision, job.rotate, job.calibration, job.pieces)
+    device = device_of(job.device)
+    return Bench(job.model, job.revision, job.rotate, job.calibration, job.pieces, device)
 
 
 @lru_cache(maxsize=1)
@@ -221,6 +235,7 @@ def _asked(job: Job) -> Asked:
 
 def _identity(
     request: Request,
+    device: str,
     checkpoint: Checkpoint,
     planned: Iterable[Planned],
     calibration: Iterable[Sample],
@@ -235,6 +250,7 @@ def _identity(
         "configuration of the model": {file.name: sha256(file.read_bytes()).hexdigest() for file in files},
         "grid": [[one.configuration.name, one.configuration.series, one.key] for one in planned],
         "task": request.task,
+        "device": device.partition(":")[0],
         "calibration": _said(calibration),
         "data": _said(one.sample for one in asked),
         "calibration of components": "in sequence" if request.sequential else "alone",
