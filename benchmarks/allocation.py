@@ -3,11 +3,10 @@
     python benchmarks/allocation.py [--only REGEX] [--workers 2] [--device auto] [--report] [--list]
 
 Each row is a demo, plain or with outlier channels, a method, and a seed of the calibration. The bytes are those of the
-uniform recipe at 3 and at 4 bits; `vlmq allocate` is asked once for each task, with 2048 questions or 1024 caption
-requests about 1024 pictures, and both recipes are quantized as an export quantizes them and asked the same 2400
-questions and 600 caption requests about 600 other pictures, of which none was calibrated on. Rows are kept in
-results/allocation.jsonl as they are done, so that a run goes on where it was stopped; results/allocation.json has the
-paired differences.
+uniform recipe at 3 and at 4 bits; `vlmq allocate` is asked once for each task, with some 1024 questions or 512 caption
+requests, and both recipes are quantized as an export quantizes them and asked the same 2400 questions and 600 caption
+requests about 600 other pictures, of which none was calibrated on. Rows are kept in results/allocation.jsonl as they
+are done, so that a run goes on where it was stopped; results/allocation.json has the paired differences.
 
 The interval is of pictures (the cluster bootstrap); over several seeds each picture counts with its mean over them.
 """
@@ -56,7 +55,7 @@ from vlmq.exporter.walk import walk
 from vlmq.formats import json_lines
 
 MEASURED = common.RESULTS / "allocation.jsonl"
-GROUP, SAMPLES, DRAWN = 64, 128, 3072
+GROUP, SAMPLES, DRAWN = 64, 128, 1536
 BUDGETS = (3, 4)  # bits of the uniform recipe whose bytes an allocated one may have
 ASKED = ("vqa", "captions")
 SCORE = {"vqa": ("accuracy", 1.0), "captions": ("CIDEr", 0.01)}  # and what its unit is, of a point

@@ -128,8 +128,8 @@ def allocations(
         choices = [*found[0].choices, Choice(FULL)]
         sizes = np.array([[item.bytes[choice] for choice in choices] for item in found])
         plain = told.double().numpy()
-        costs = [quadratic.products(each) for each in (_refined(plain, found, factors), _whole(plain))]
-        costs += [quadratic.loosened(each, COMMON) for each in costs]
+        exact = [quadratic.products(each) for each in (_refined(plain, found, factors), _whole(plain))]
+        costs = [quadratic.loosened(each, COMMON) for each in exact]
         made = []
         for most in allowed:
             candidates = _candidates(costs, sizes, most, [choice.bits for choice in choices])

@@ -32,7 +32,7 @@ from vlmq.exporter.runtime import check_image_tokens
 from vlmq.exporter.samples import Sample, prompt_of
 from vlmq.exporter.search.sensitivity import Item
 
-DRAWS = 4  # of signs for each sample: one alone says little where samples are few
+DRAWS = 2048  # of signs, of all samples together: where these are few, one for each says little
 
 
 def answered(
@@ -78,18 +78,19 @@ def effects(
     items: Sequence[Item],
     samples: Iterable[tuple[Inputs, int]],
     seed: int = 0,
-    draws: int = DRAWS,
+    draws: int | None = None,
     progress: Progress = silent,
 ) -> Tensor:
     """a of every draw, of every item at every choice below 16 bits: (draws * samples, items, choices) float32.
 
-    model: in memory, float32, on any device. Of an answer of several tokens, E[a^2] is the mean over them. A linear
-    that a sample does not run has no effect on it.
+    model: in memory, float32, on any device. draws: for each sample; None: as makes DRAWS in all. Of an answer of
+    several tokens, E[a^2] is the mean over them. A linear that a sample does not run has no effect on it.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     sites = [site for item in items for site in item.sites]
     samples = list(samples)
+    draws = draws or -(-DRAWS // sum(len(inputs["input_ids"]) for inputs, _ in samples))
     found = []
     for done, (inputs, answer) in enumerate(samples):
         progress("effects", done, len(samples))
