@@ -431,6 +431,7 @@ def test_what_a_recipe_leaves_alone_stays_alone_and_graphs_get_bits_they_hold(vl
         (("--qkv", "v-only"), "v-only stores fused projections dense"),
         (("--groups", "33"), "--groups: group_size: a group of 33 columns"),
         (("--task", "chess"), "--task chess: unknown"),
+        (("--device", "tpu"), "--device tpu: unknown; choose auto, cpu, cuda or cuda:1"),
     ],
 )
 def test_what_cannot_be_allocated_gets_one_line_and_nothing_is_written(

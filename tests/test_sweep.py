@@ -3,6 +3,7 @@ import itertools
 import json
 import shutil
 import sys
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from PIL import Image
 from vlmq.exporter import simulate
 from vlmq.exporter.calibration import prepare
 from vlmq.exporter.checkpoint import open_checkpoint
+from vlmq.exporter.devices import device_of
 from vlmq.exporter.evaluation import vqa
 from vlmq.exporter.evaluation.answers import answer_all
 from vlmq.exporter.families import COMPONENTS
 from vlmq.exporter.recipe import make_recipe
 from vlmq.exporter.runtime import TorchVlm, open_processor
+from vlmq.exporter.search import engines
 from vlmq.exporter.search import sweep as sweeping
 from vlmq.exporter.search.bench import Bench
 from vlmq.exporter.search.grid import Configuration, configurations, read_grid
@@ -435,6 +438,20 @@ def test_two_workers_give_the_rows_of_one_process(vlmq, arguments, product, tmp_
     assert tables(tmp_path / "two") == tables(tmp_path / "one")
 
 
+def test_of_several_gpus_every_worker_has_its_own_and_cuda_1_is_for_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that it is put back
+    threads, ranks, found = torch.get_num_threads(), SimpleQueue(), []
+    for rank in range(3):
+        ranks.put(str(rank))
+        engines._one_of(ranks)
+        found.append([str(device_of(name)) for name in ("auto", "cuda", "cuda:1", "cpu")])
+    torch.set_num_threads(threads)
+    own = ["cuda:0", "cuda:1", "cuda:0"]
+    assert found == [[gpu, gpu, "cuda:1", "cpu"] for gpu in own]
+
+
 def test_without_ray_one_line_says_what_to_install(vlmq, arguments, product, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, err = vlmq("sweep", *arguments(product, tmp_path / "out"), "--engine", "ray")
@@ -503,6 +520,7 @@ def test_bad_grids_get_one_line_and_nothing_is_written(vlmq, arguments, tmp_path
         (("--workers", 0), "--workers 0: at least one"),
         (("--ray-address", "auto"), "no use without --engine ray"),
         (("--samples", 0), "0 samples"),
+        (("--device", "cuda:99"), "--device cuda:99: "),
     ],
 )
 def test_bad_flags_get_one_line_and_nothing_is_written(vlmq, arguments, product, tmp_path, flags, words):
