@@ -21,6 +21,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 ROW = -1
 TENSOR = 0
 ROWS = 64  # worked on at once, where that keeps what is in between in the processor's cache
+ON_GPU = 2**24  # values worked on at once on a GPU, which is slow where it is given little to do
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ class QuantizedWeight:
 
     def slabs(self) -> Iterator["QuantizedWeight"]:
         """Some rows after the other: what is made of them passes through the processor's cache."""
-        parts = zip(self.codes.split(ROWS), self.scale.split(ROWS), self.zero.split(ROWS), strict=True)
+        rows = at_once(self.codes)
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
         return (QuantizedWeight(*part, self.grid) for part in parts)
 
     def dequantize(self) -> Tensor:
         """(out, in) float32: exact for 16-bit scales, whose product with a code has at most 24 significant bits."""
         weight = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
-        for number, slab in enumerate(self.slabs()):
-            weight[number * ROWS : (number + 1) * ROWS] = dequantize(slab.codes, slab.scale, slab.zero)
+        for part, slab in zip(weight.split(at_once(self.codes)), self.slabs(), strict=True):
+            part.copy_(dequantize(slab.codes, slab.scale, slab.zero))
         return weight
 
 
@@ -188,11 +190,17 @@ def round_input(x: Tensor, grid: Grid, limits: Limits | None = None) -> Tensor:
     return nearest(rows, scale, zero, grid).reshape(x.shape).to(x.dtype)
 
 
+def at_once(weight: Tensor) -> int:
+    """How many rows of (out, in) are worked on together, where its device is."""
+    return ROWS if weight.device.type == "cpu" else max(ROWS, ON_GPU // weight.shape[1])
+
+
 def to_grid(
     weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float16, clip: Tensor | float = 1.0
 ) -> QuantizedWeight:
     """Round to nearest on the fitted grid: weight (out, in)."""
     scale, zero = fit(weight, grid, dtype, clip)
-    slabs = zip(weight.split(ROWS), scale.split(ROWS), zero.split(ROWS), strict=True)
+    rows = at_once(weight)
+    slabs = zip(weight.split(rows), scale.split(rows), zero.split(rows), strict=True)
     codes = torch.cat([quantize(*slab, grid) for slab in slabs])
     return QuantizedWeight(codes, scale, zero, grid)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from elsewhere import a_device_elsewhere
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods import awq, gptq
@@ -130,6 +132,34 @@ def test_rows_that_do_not_fit_into_one_stack_become_the_same(x, group, act_order
     parts = solve(weight, statistics, Grid(3, group), **options)
     for name in ("codes", "scale", "zero"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+
+
+class Counted(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [gptq, awq])
+def test_on_a_gpu_twice_the_rows_are_hardly_more_operations(x, weight, method):
+    """For each is a launch, which takes longer than its arithmetic does."""
+
+    def operations(rows, device):
+        sums = Sums(x.shape[1], device)
+        sums.add(x.to(device))
+        given, scheme, counted = weight[:rows].to(device), Scheme("it", Grid(3, 32), options=Options()), Counted()
+        with counted:
+            found = method.solve(given, sums.statistics(), scheme, HALF)
+        return counted.count, found.to(torch.device("cpu")).codes
+
+    _, here = operations(512, torch.device("cpu"))
+    with a_device_elsewhere() as device:
+        few, _ = operations(256, device)
+        many, there = operations(512, device)
+    assert few <= many < 1.2 * few
+    assert (there != here).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

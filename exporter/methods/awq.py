@@ -22,7 +22,7 @@ from vlmq.exporter.methods.problem import Problem
 from vlmq.exporter.methods.racing import race
 from vlmq.exporter.scheme import Scheme
 from vlmq.exporter.statistics import Statistics, row_losses
-from vlmq.kernels.grid import ROWS, TENSOR, Grid, QuantizedWeight, between, extremes, nearest, round_trip, to_grid
+from vlmq.kernels.grid import TENSOR, Grid, QuantizedWeight, at_once, between, extremes, nearest, round_trip, to_grid
 
 EXPONENTS = tuple(step / 20 for step in range(20))  # a = 0 is "no scaling"
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 ... 0.5 of the range
@@ -93,7 +93,8 @@ def clip(weight: Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype)
 def _factors(weight: Tensor, grams: Tensor, grid: Grid, dtype: torch.dtype, shrinks: Sequence[float]) -> Tensor:
     """The same, of some factors. grams: of each group's own columns (groups, width, width)."""
     low, high = extremes(weight, grid)
-    parts = zip(weight.split(ROWS), low.split(ROWS), high.split(ROWS), strict=True)
+    rows = at_once(weight)
+    parts = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
     losses = [_losses(*part, grams, grid, dtype, shrinks) for part in parts]
     if grid.group == TENSOR:  # one scale, so one factor: all rows count together
         total = torch.stack([found.sum((1, 2)) for found in losses]).sum(0)

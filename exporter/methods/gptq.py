@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
+from vlmq.exporter.devices import CPU
 from vlmq.exporter.errors import VlmqError
 from vlmq.exporter.methods import awq
 from vlmq.exporter.scheme import Scheme
@@ -41,6 +42,7 @@ BLOCK = 128  # columns rounded before the columns beyond them are moved
 STRIP = 16  # columns rounded before the others of their block are moved; every group is a multiple of it
 SLAB = 256  # rows in one matrix product: its shape, and so its rounding, is the same for every row
 STACK = 2**24  # values that go through the column loop together: bounds what is needed beside the weight
+ON_GPU = 2**26  # on a GPU, where a column takes as long however many rows it has
 STRIPE = 64  # columns that a factor is put in order or scaled by: bounds what is needed beside it
 ATTEMPTS = 4  # at factoring the Gram matrix, each damped ten times as much as the one before
 
@@ -62,7 +64,8 @@ def solve(weight: Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.d
     dead = inputs == 0
     shared = _fit(weight.masked_fill(dead, 0), statistics, scheme, dtype) if grid.group == TENSOR else None
     parts = []
-    for rows in weight.split(max(SLAB, STACK // len(inputs) // SLAB * SLAB)):
+    together = STACK if weight.device == CPU else ON_GPU
+    for rows in weight.split(max(SLAB, together // len(inputs) // SLAB * SLAB)):
         stack = pad(rows.masked_fill(dead, 0), (0, 0, 0, -len(rows) % SLAB))  # rows of zeros fill up the last slab
         if shared:
             scale, zero = (each[:, :1].repeat(1, len(stack)) for each in shared)

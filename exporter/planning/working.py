@@ -12,6 +12,7 @@ from vlmq.exporter.methods.registry import METHODS
 from vlmq.exporter.planning.workload import FLOAT, Workload
 from vlmq.exporter.scheme import Options
 from vlmq.exporter.walk import Input
+from vlmq.kernels.grid import ROWS
 
 ROUNDING = 1  # float32 copies of a stack: its codes, twice while they are put together, and a few rows on their way
 LOSS = 3  # float32 copies of some rows: their error, that times the Gram matrix, and their product
@@ -30,7 +31,7 @@ def _rounding(rows: int, columns: int, options: Options) -> int:
 
 
 def _clipping(rows: int, columns: int, options: Options) -> int:
-    return _rounding(rows, columns, options) + CLIPPING * min(rows, awq.ROWS) * columns * FLOAT
+    return _rounding(rows, columns, options) + CLIPPING * min(rows, ROWS) * columns * FLOAT
 
 
 def _compensating(rows: int, columns: int, options: Options) -> int:
