@@ -521,6 +521,7 @@ def test_bad_grids_get_one_line_and_nothing_is_written(vlmq, arguments, tmp_path
         (("--ray-address", "auto"), "no use without --engine ray"),
         (("--samples", 0), "0 samples"),
         (("--device", "cuda:99"), "--device cuda:99: "),
+        (("--engine", "ray", "--device", "cuda:1"), "--device cuda:1: Ray gives each task a GPU of its own"),
     ],
 )
 def test_bad_flags_get_one_line_and_nothing_is_written(vlmq, arguments, product, tmp_path, flags, words):

@@ -15,11 +15,8 @@ VALIDATION = range(3_000_000, 3_010_000)  # to choose among checkpoints while tr
 TRAINING = range(10_000_000, 1_000_000_000)
 
 SPLITS = {"calibration": CALIBRATION, "asking": ASKING, "evaluation": EVALUATION}
-QUESTIONS = {
-    "calibration": 2,
-    "asking": 2,
-    "evaluation": 4,
-}  # per picture; 2400 in all give a 95 % interval of 2 points
+# Of each picture; the 2400 of the evaluation give a 95 % interval of 2 points.
+QUESTIONS = {"calibration": 2, "asking": 2, "evaluation": 4}
 
 
 def questions_of(split: str) -> dict[int, list[Question]]:

@@ -110,8 +110,8 @@ def sweep(request: Request, progress: Progress = silent) -> Swept:
     """Measure what is not measured yet, and write tables and plots; VlmqError, before any work, for bad input."""
     task_of(request.task)
     grid = read_grid(request.grid)
-    engines.refuse(request.engine, request.workers, request.address)
     device = _device(request)
+    engines.refuse(request.engine, request.workers, request.address)
     checkpoint = open_checkpoint(request.model, request.revision)
     found = configurations(grid, walk(checkpoint.skeleton(), checkpoint.family), request.grid)
     rotations = {make_recipe(each.recipe).rotate for each in found if each.recipe}
@@ -149,6 +149,8 @@ def sweep(request: Request, progress: Progress = silent) -> Swept:
 
 def _device(request: Request) -> str:
     """What --device means; VlmqError where it is not there. A cluster has others than this machine."""
+    if request.engine == "ray" and ":" in request.device:
+        raise VlmqError(f"--device {request.device}: Ray gives each task a GPU of its own; pass --device cuda")
     if request.address and request.device != "auto":
         return request.device
     found = device_of(request.device)
