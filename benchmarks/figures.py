@@ -6,7 +6,7 @@
 Of each model and task: `vlmq sweep` over the grids of `grids/`, where recipes that `vlmq allocate` found for several
 budgets, and round-to-nearest with one width for all, join the first; then `vlmq importance` on its tables. The folder
 keeps all of it, pictures too, and the same command goes on where it was stopped. Writes results/figures.json: the rows
-and the shares; and docs/pareto.png, of the first model and task.
+and the shares; and docs/pareto-MODEL.png, of the first task.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def main() -> None:
                 results.append(swept(model, task, grid, folder, options))
                 print(f"{model}, {task}, {grid}: {len(results[-1]['rows'])} rows in {folder / grid}")
     if "components" in options.grids:
-        first = options.work / f"{options.models[0]}-{options.tasks[0]}" / "components" / "pareto.png"
-        shutil.copy(first, HOME.parent / "docs" / "pareto.png")
+        for model in options.models:
+            picture = options.work / f"{model}-{options.tasks[0]}" / "components" / "pareto.png"
+            shutil.copy(picture, HOME.parent / "docs" / f"pareto-{model}.png")
     print(common.write("figures", " ".join(["python", "benchmarks/figures.py", *sys.argv[1:]]), results))
 
 

@@ -26,7 +26,8 @@ from vlmq.exporter.search.bench import Bench
 from vlmq.exporter.search.grid import Configuration, configurations, read_grid
 from vlmq.exporter.search.pieces import canonical, plan
 from vlmq.exporter.search.scores import read_scores
-from vlmq.exporter.search.sweep_plots import front
+from vlmq.exporter.search.sweep_plots import _said, front
+from vlmq.exporter.search.tables import Row
 from vlmq.exporter.search.tasks import asked_of, divergences, log_softmax
 from vlmq.exporter.walk import walk
 
@@ -539,6 +540,18 @@ def test_the_front_is_what_no_smaller_and_no_better_point_beats():
         if not any((size <= point[0] and score >= point[1]) and (size, score) != point for size, score in points)
     )
     assert front(points) == expected
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_subset_has_one_name_in_the_plot_whatever_order_its_rules_came_in(tiny_folders, tmp_path, variant):
+    checkpoint = open_checkpoint(str(tiny_folders[variant]))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump({"uniform": {"bits": [2]}}))
+    found = configurations(read_grid(grid), walk(checkpoint.skeleton(), checkpoint.family), grid)
+    rows = [Row(each.name, "uniform", {}, 1, {"divergence": 1.0}, each.recipe) for each in found if each.recipe]
+    for key in ("component", "kind", "blocks"):
+        said = {_said(row, key) for row in rows if row.recipe.get("rules")}
+        assert len(said) == len({frozenset(label.split("+")) for label in said}) > 2, key
 
 
 def test_the_canonical_form_names_every_quantized_site(tiny_folders):

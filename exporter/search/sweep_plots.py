@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlmq.exporter.families import COMPONENTS
 from vlmq.exporter.search.plots import INK, PALETTE, legend
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FULL = 16
 PARETO, ALONE, PARTS = "pareto.png", "alone.png", "parts.png"
 MARKS = "osD^vP"
+ORDER = (*COMPONENTS, "attention", "feedforward", "front", "middle", "end")  # in which subsets are named
 DIVERGENCE = "divergence"
 UNITS = {"accuracy": "accuracy, %", DIVERGENCE: "divergence from the reference, nats"}
 MANY = (*PALETTE, "#8c564b", "#17a0b0", "#c8632f", "#4d6a2f")  # of subsets there are seven
@@ -138,8 +140,8 @@ def _by(axis: Axes, rows: Sequence[Row], ruled: Sequence[Row], key: str, name: s
 
 def _said(row: Row, key: str) -> str:
     """What a row's rules have under a key, joined. A projection goes with the feed-forward linears, as in the grid."""
-    said = [rule[key].replace("projection", "feedforward") for rule in (row.recipe or {})["rules"]]
-    return "+".join(dict.fromkeys(said))
+    said = {rule[key].replace("projection", "feedforward") for rule in (row.recipe or {})["rules"]}
+    return "+".join(sorted(said, key=ORDER.index))
 
 
 def _finish(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
