@@ -86,8 +86,9 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """(out, in) float32: exact for 16-bit scales, whose product with a code has at most 24 significant bits."""
         weight = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
-        for part, slab in zip(weight.split(at_once(self.codes)), self.slabs(), strict=True):
-            part.copy_(dequantize(slab.codes, slab.scale, slab.zero))
+        rows = at_once(self.codes)
+        for number, slab in enumerate(self.slabs()):
+            weight[number * rows : (number + 1) * rows] = dequantize(slab.codes, slab.scale, slab.zero)
         return weight
 
 
